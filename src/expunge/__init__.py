@@ -1,0 +1,59 @@
+"""Make a trained classifier forget whole classes, without reading them, and say honestly how well it went."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from expunge.data import TensorImages
+    from expunge.errors import DivergedError, InputError
+    from expunge.evaluate import evaluate
+    from expunge.journal import Journal
+    from expunge.methods import METHODS
+    from expunge.methods.unsir import UnsirConfig, impair, learn_noise, repair, unsir
+    from expunge.schema import Phase, Predictions, Preprocessing, Record, Split, TrainConfig
+    from expunge.train import predict, train
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "expunge.data": ("TensorImages",),
+    "expunge.errors": ("DivergedError", "InputError"),
+    "expunge.evaluate": ("evaluate",),
+    "expunge.journal": ("Journal",),
+    "expunge.methods": ("METHODS",),
+    "expunge.methods.unsir": ("UnsirConfig", "impair", "learn_noise", "repair", "unsir"),
+    "expunge.schema": ("Phase", "Predictions", "Preprocessing", "Record", "Split", "TrainConfig"),
+    "expunge.train": ("predict", "train"),
+}
+
+__all__ = [
+    "METHODS",
+    "DivergedError",
+    "InputError",
+    "Journal",
+    "Phase",
+    "Predictions",
+    "Preprocessing",
+    "Record",
+    "Split",
+    "TensorImages",
+    "TrainConfig",
+    "UnsirConfig",
+    "evaluate",
+    "impair",
+    "learn_noise",
+    "predict",
+    "repair",
+    "train",
+    "unsir",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that the command line starts without torch."""
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(home), name)
+    raise AttributeError(f"module 'expunge' has no attribute {name!r}")

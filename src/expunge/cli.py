@@ -1,0 +1,473 @@
+"""The command line: parse, call one public function, print. Heavy imports happen inside a command."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from expunge.commands import Outcome
+    from expunge.journal import Journal
+    from expunge.workspace import DataOptions
+
+app = typer.Typer(
+    help="Make a trained classifier forget whole classes, without reading them, and say honestly how well it went.",
+    epilog="Exit codes: 0 done · 1 done, but a stated check failed · 2 a mistake in what was given (nothing written).",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+DataText = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        metavar="SRC",
+        help="'digits', a folder (one sub-folder a class, or parquet), hf:NAME or torchvision:NAME.",
+        rich_help_panel="Data",
+    ),
+]
+LabelColumn = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Label column, where there are several.", rich_help_panel="Data")
+]
+ImageColumn = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Image column, where it has no usual name.", rich_help_panel="Data")
+]
+ClassNames = Annotated[
+    str | None,
+    typer.Option(
+        metavar="A,B,...",
+        help="All classes in the order of the model's outputs, where neither weights nor data name them.",
+        rich_help_panel="Data",
+    ),
+]
+Size = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N or HxW",
+        help="Image size in pixels; else the weights', the zoo's, or the images' own.",
+        rich_help_panel="Preprocessing",
+    ),
+]
+Mean = Annotated[
+    str | None,
+    typer.Option(
+        metavar="R,G,B",
+        help="Channel means of images in \\[0, 1]; else the weights', the zoo's, or measured.",
+        rich_help_panel="Preprocessing",
+    ),
+]
+Std = Annotated[
+    str | None, typer.Option(metavar="R,G,B", help="Channel standard deviations.", rich_help_panel="Preprocessing")
+]
+Channels = Annotated[
+    int | None,
+    typer.Option(min=1, max=3, help="1 (grey) or 3; else as the model takes.", rich_help_panel="Preprocessing"),
+]
+SkipBad = Annotated[
+    bool, typer.Option("--skip-bad", help="Leave out (and count) images that cannot be decoded.", rich_help_panel="Data")
+]
+SPEC_HELP = "torchvision:NAME, timm:NAME, hf:NAME, allcnn, or path/to/file.py:function; arguments as ?key=value&..."
+Seed = Annotated[int, typer.Option(min=0, help="Of all randomness.")]
+Device = Annotated[
+    str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, mps; else a GPU where there is one.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the files go.")] = Path("expunge-demo"),
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """See it work: train on scikit-learn's digits, forget the threes, compare with retraining. No network needed."""
+    with _user_errors():
+        from expunge.commands import demo_command
+
+        with _journal(quiet) as journal:
+            outcome = demo_command(out, seed=seed, journal=journal)
+        _finish(outcome, quiet)
+
+
+@app.command()
+def train(
+    data: DataText,
+    model: Annotated[str, typer.Option(metavar="SPEC", help=SPEC_HELP)],
+    out: Annotated[Path, typer.Option(metavar="W.safetensors", help="Where the weights go.")],
+    without: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="Classes never shown: makes a retrained reference.", rich_help_panel="Data"),
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.", rich_help_panel="Recipe")] = 12,
+    lr: Annotated[float, typer.Option(help="Peak learning rate (AdamW, one cycle).", rich_help_panel="Recipe")] = 0.002,
+    batch_size: Annotated[int, typer.Option(min=2, rich_help_panel="Recipe", help="Images a step.")] = 256,
+    augment: Annotated[
+        bool | None,
+        typer.Option(help="Mirror and shift images; by default where the data allows it.", rich_help_panel="Recipe"),
+    ] = None,
+    label_column: LabelColumn = None,
+    image_column: ImageColumn = None,
+    class_names: ClassNames = None,
+    skip_bad: SkipBad = False,
+    size: Size = None,
+    mean: Mean = None,
+    std: Std = None,
+    channels: Channels = None,
+    seed: Seed = 0,
+    device: Device = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train a classifier: an original, or (--without) its retrained reference.
+
+    Interrupted, it goes on after the last finished epoch when the same command is run again.
+    """
+    with _user_errors("run the same command again to go on after the last finished epoch"):
+        from dataclasses import replace
+
+        from expunge.commands import TRAIN_DEFAULT, train_command
+
+        options = _data_options(data, label_column, image_column, class_names, size, mean, std, channels, skip_bad)
+        with _journal(quiet) as journal:
+            metadata = train_command(
+                options,
+                model,
+                out,
+                config=replace(TRAIN_DEFAULT, epochs=epochs, lr=lr, batch_size=batch_size),
+                leave_out=_list(without),
+                augment=augment,
+                seed=seed,
+                device=device,
+                journal=journal,
+            )
+        if not quiet and metadata.training is not None:
+            never = f", never shown: {', '.join(metadata.never_seen)}" if metadata.never_seen else ""
+            Console().print(
+                f"Test accuracy {metadata.training['test_accuracy']:.1%} after {epochs} epochs, "
+                f"{metadata.training['seconds']:.0f} s{never}\nWrote {out}",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+
+@app.command()
+def forget(
+    weights: Annotated[
+        Path, typer.Option(metavar="W", help="Trained weights: .safetensors, a .pt/.pth state dict, or a hub folder.")
+    ],
+    data: DataText,
+    classes: Annotated[
+        list[str], typer.Option(metavar="A,B", help="Classes to forget, by name or index; may be repeated.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where unlearned.safetensors and record.json go.")],
+    model: Annotated[
+        str | None, typer.Option(metavar="SPEC", help=f"{SPEC_HELP}. Not needed where the weights say it.")
+    ] = None,
+    retain_per_class: Annotated[
+        int | None, typer.Option(metavar="N", help="Draw N images of each retained class.", rich_help_panel="Retain sample")
+    ] = None,
+    retain_share: Annotated[
+        float | None,
+        typer.Option(metavar="F", help="Or this share of each; by default all.", rich_help_panel="Retain sample"),
+    ] = None,
+    retain: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SRC",
+            help="Every image of this source, instead of a draw from --data. A forgotten class in it is refused.",
+            rich_help_panel="Retain sample",
+        ),
+    ] = None,
+    drop_forgotten: Annotated[
+        bool,
+        typer.Option(
+            "--drop-forgotten",
+            help="Leave images of a forgotten class in --retain out, unread and counted, instead of refusing them.",
+            rich_help_panel="Retain sample",
+        ),
+    ] = False,
+    method: Annotated[str, typer.Option(help="Unlearning method.", rich_help_panel="Method")] = "unsir",
+    preset: Annotated[
+        str, typer.Option(help="Its settings: default, paper, notebook.", rich_help_panel="Method")
+    ] = "default",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="Change one, as impair.lr=0.002; may be repeated.", rich_help_panel="Method"
+        ),
+    ] = None,
+    retrained: Annotated[
+        Path | None,
+        typer.Option(metavar="W", help="Weights of the same model trained without the classes, to compare with."),
+    ] = None,
+    label_column: LabelColumn = None,
+    image_column: ImageColumn = None,
+    class_names: ClassNames = None,
+    skip_bad: SkipBad = False,
+    size: Size = None,
+    mean: Mean = None,
+    std: Std = None,
+    channels: Channels = None,
+    seed: Seed = 0,
+    device: Device = None,
+    quiet: Quiet = False,
+) -> None:
+    """Make a trained classifier forget classes: new weights, a record, and a plain answer.
+
+    The method never reads an image of a class to forget. It learns noise from the model itself, impairs the model
+    with it, and repairs it with a retained sample. Held-out images in --data are read afterwards, to measure.
+    """
+    with _user_errors("nothing was written"):
+        from expunge.commands import RetainOptions, forget_command
+
+        options = _data_options(data, label_column, image_column, class_names, size, mean, std, channels, skip_bad)
+        with _journal(quiet) as journal:
+            outcome = forget_command(
+                options,
+                model,
+                weights,
+                classes,
+                out,
+                retain=RetainOptions(
+                    per_class=retain_per_class, share=retain_share, source=retain, drop_forgotten=drop_forgotten
+                ),
+                method=method,
+                preset=preset,
+                settings=settings or (),
+                retrained=retrained,
+                seed=seed,
+                device=device,
+                journal=journal,
+            )
+        _finish(outcome, quiet)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from expunge import __version__
+
+        typer.echo(f"expunge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[  # noqa: ARG001 (typer calls it)
+        bool, typer.Option("--version", help="Print the version and leave.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+# Reading options
+
+
+def _list(text: str | None) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",")) if text is not None else ()
+
+
+def _data_options(
+    data: str,
+    label_column: str | None,
+    image_column: str | None,
+    class_names: str | None,
+    size: str | None,
+    mean: str | None,
+    std: str | None,
+    channels: int | None,
+    skip_bad: bool,
+) -> DataOptions:
+    from expunge.errors import InputError
+    from expunge.workspace import DataOptions
+
+    if channels == 2:
+        raise InputError("expected --channels 1 or 3, got 2")
+    return DataOptions(
+        spec=data,
+        label_column=label_column,
+        image_column=image_column,
+        class_names=_list(class_names) or None,
+        size=_size(size),
+        mean=_numbers(mean, "--mean"),
+        std=_numbers(std, "--std"),
+        channels=channels,
+        skip_bad=skip_bad,
+    )
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    from expunge.errors import InputError
+
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise InputError(f"expected --size N or HxW in pixels, got {text!r}")
+    return int(parts[0]), int(parts[-1])
+
+
+def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
+    from expunge.errors import InputError
+
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"expected {option} as numbers with commas between, got {text!r}") from None
+
+
+# Showing what happens
+
+
+@contextmanager
+def _user_errors(interrupted: str = "") -> Iterator[None]:
+    """Turn a user's mistake into one line and exit code 2; an interrupt into one line and 130."""
+    errors = Console(stderr=True)
+    try:
+        yield
+    except KeyboardInterrupt:
+        errors.print(f"interrupted{': ' + interrupted if interrupted else ''}", highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+    except (ValueError, OSError, RuntimeError) as error:
+        line = _one_line(error)
+        if line is None:
+            raise
+        errors.print(f"[bold red]error:[/] {_plain(line)}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+
+
+def _one_line(error: Exception) -> str | None:
+    """Return the line to print for a user's mistake, or None for a defect of ours, whose traceback is wanted."""
+    from expunge.errors import InputError, first_line
+
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or first_line(error)}"
+    if "out of memory" in str(error):
+        return f"{first_line(error)}; lower impair.batch_size and repair.batch_size with --set, or use --device cpu"
+    cause = getattr(error, "__cause__", None)
+    return str(cause) if isinstance(cause, InputError) else None
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+@contextmanager
+def _journal(quiet: bool) -> Iterator[Journal]:
+    """Give a journal that shows its phases: live bars in a terminal, one line a phase elsewhere."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from expunge.journal import Journal
+
+    if quiet:
+        yield Journal()
+        return
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield Journal(report=lambda phase: typer.echo(f"{phase.name}: {phase.steps} steps, {phase.seconds:.1f} s", err=True))
+        return
+    columns = (
+        TextColumn("{task.description:<18}"),
+        BarColumn(bar_width=16),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[state]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        yield Journal(progress)
+
+
+def _finish(outcome: Outcome, quiet: bool) -> None:
+    """Print the answer; leave with 1 where a stated check failed."""
+    record = outcome.record
+    failed = [name for name in ("forgotten", "kept") if record.checks[name] is False]
+    if not quiet:
+        _show(record.metrics, record.classes["forget"], outcome)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _show(metrics: Mapping[str, Any], forgotten: Sequence[str], outcome: Outcome) -> None:
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=True)
+    roles = [role for role in ("before", "after", "retrained") if role in metrics]
+    table = Table("accuracy on held-out images", *roles, box=None, header_style="bold", pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    shown = ", ".join(forgotten[:4]) + (f" and {len(forgotten) - 4} more" if len(forgotten) > 4 else "")
+    rows = (
+        (f"forgotten: {shown}", "forget_accuracy"),
+        ("retained classes", "retain_accuracy"),
+        ("retained, forgotten answers not allowed", "masked_retain_accuracy"),
+        ("retained images called a forgotten class", "false_forget_rate"),
+    )
+    for title, key in rows:
+        table.add_row(title, *(_percent(metrics[role][key]) for role in roles))
+    console.print()
+    console.print(table)
+    console.print()
+    for sentence in _sentences(outcome):
+        console.print(_plain(sentence))
+
+
+def _sentences(outcome: Outcome) -> Iterator[str]:
+    record = outcome.record
+    after, before = record.metrics["after"], record.metrics["before"]
+    forgotten, kept = record.checks["forgotten"], record.checks["kept"]
+    if forgotten is None:
+        yield "Forgotten at the output: unknown, the data has no held-out image of a forgotten class."
+    else:
+        yield f"Forgotten at the output: {'yes' if forgotten else 'NO'} ({_percent(after['forget_accuracy'])}; goal: at most {_percent(record.checks['goal_forget_accuracy'])})."
+    if kept is None:
+        yield "The rest is kept: unknown, the data has no held-out image of a retained class."
+    else:
+        change = 100 * (after["retain_accuracy"] - before["retain_accuracy"])
+        yield f"The rest is kept: {'yes' if kept else 'NO'} ({change:+.1f} points; goal: no worse than -{100 * record.checks['goal_retain_drop']:.0f})."
+    yield "Not measured: what the features inside still know, how quickly it can be relearned, what an attacker can tell."
+    read = record.samples_read
+    names = record.classes["forget"]
+    yield (
+        f"The method read {record.data['retain_samples']:,} retained images and "
+        f"{sum(read['method'][name] for name in names)} of the forgotten classes; "
+        f"measuring read {sum(read['evaluation'][name] for name in names):,} held-out images of those."
+    )
+    cost = record.cost
+    phases = ", ".join(f"{name} {phase['seconds']:.1f} s" for name, phase in cost["phases"].items())
+    yield f"Took {cost['seconds']:.1f} s ({phases}), {cost['steps']} optimizer steps."
+    preprocessing = record.data["preprocessing"]
+    yield f"Images: {preprocessing['size'][0]}x{preprocessing['size'][1]}, mean and std {_source(preprocessing['source'])}."
+    yield from (f"Note: {note}." for note in outcome.notes)
+    yield f"Wrote {', '.join(str(path) for path in outcome.files)}"
+
+
+def _source(source: str) -> str:
+    words = {"given": "as given", "metadata": "from the weights", "measured": "measured on the data"}
+    return words.get(source, f"from {source}'s configuration")
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

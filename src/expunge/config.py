@@ -1,0 +1,76 @@
+"""Change single fields of a frozen configuration from text: `impair.lr=0.002`."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from expunge.errors import InputError
+
+Config = TypeVar("Config")
+
+
+def override(config: Config, assignments: Sequence[str]) -> Config:
+    """Return `config` with each `name=value`, or `part.name=value`, applied in order.
+
+    Raises:
+        InputError: a name is unknown, or a value is not of the field's type.
+    """
+    for assignment in assignments:
+        path, found, text = assignment.partition("=")
+        if not found:
+            raise InputError(f"expected name=value, got {assignment!r}")
+        config = _set(config, path.strip().split("."), text.strip(), assignment)
+    return config
+
+
+def as_json(config: Any) -> Any:
+    """Return a configuration as what JSON can hold: dataclasses as objects, sets as sorted lists."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {field.name: as_json(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return {str(key): as_json(value) for key, value in config.items()}
+    if isinstance(config, (set, frozenset)):
+        return sorted(as_json(item) for item in config)
+    if isinstance(config, (list, tuple)):
+        return [as_json(item) for item in config]
+    return config
+
+
+def _set(config: Any, path: Sequence[str], text: str, assignment: str) -> Any:
+    names = [field.name for field in dataclasses.fields(config)]
+    name, rest = path[0], path[1:]
+    if name not in names:
+        raise InputError(f"no setting {name!r} in {assignment!r}: expected one of {', '.join(names)}")
+    current = getattr(config, name)
+    if rest:
+        if not dataclasses.is_dataclass(current):
+            raise InputError(f"{name!r} in {assignment!r} has no parts")
+        return dataclasses.replace(config, **{name: _set(current, rest, text, assignment)})
+    if dataclasses.is_dataclass(current):
+        parts = ", ".join(f"{name}.{field.name}" for field in dataclasses.fields(current))
+        raise InputError(f"{name!r} in {assignment!r} has parts: expected one of {parts}")
+    return dataclasses.replace(config, **{name: _parse(text, current, assignment)})
+
+
+def _parse(text: str, current: Any, assignment: str) -> Any:
+    if isinstance(current, str):
+        return text
+    if isinstance(current, frozenset):
+        return frozenset(part for part in text.split(",") if part)
+    try:
+        value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
+    except (ValueError, SyntaxError):
+        value = text
+    if isinstance(current, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if current is None:
+        fits = value is None or isinstance(value, (int, float))
+    else:
+        fits = type(value) is type(current)
+    if not fits:
+        kind = type(current).__name__ if current is not None else "number"
+        raise InputError(f"expected a value of type {kind} in {assignment!r}")
+    return value

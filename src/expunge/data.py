@@ -1,0 +1,659 @@
+"""From a string to labelled images: open a source, draw the retain sample, stage it as uint8 tensors.
+
+Nothing is decoded before it is asked for: labels are read first, rows are chosen by label, and only chosen rows are
+decoded. So the images of a class to forget are left alone unless evaluation asks for them.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from expunge.errors import InputError, first_line
+from expunge.schema import Preprocessing, Sample
+
+Labels = NDArray[np.int64]
+LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class")
+IMAGE_COLUMNS = ("image", "img", "images", "pixel_values", "picture")
+TEST_SHARE = 0.2  # of a source without a test split
+SPLIT_SEED = 0  # one fixed made split, so that training and forgetting agree on it whatever their seeds
+STAGE_LIMIT_BYTES = 2 * 2**30  # decoded images above this stream from workers
+SHUFFLE_BUFFER = 4096  # images held back to shuffle a stream that must be read in order
+
+
+@dataclass(frozen=True)
+class ImageTable:
+    """Labelled images that are not decoded yet.
+
+    `read(rows)` yields one payload a row, in that order: a PIL image, encoded bytes, or a path. Rows of a source that
+    is stored in order (`random_access` false) must ascend.
+    """
+
+    labels: Labels
+    read: Callable[[Labels], Iterator[Any]]
+    name: Callable[[int], str]  # how a message names a row
+    random_access: bool = True
+    rows: Labels = field(default_factory=lambda: np.empty(0, dtype=np.int64))  # of `read`, one a label
+
+    def __post_init__(self) -> None:
+        if len(self.rows) != len(self.labels):
+            object.__setattr__(self, "rows", np.arange(len(self.labels)))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def select(self, positions: Labels) -> ImageTable:
+        """Return the table of these positions only, in ascending order; nothing is read."""
+        positions = np.sort(positions)
+        return replace(self, labels=self.labels[positions], rows=self.rows[positions])
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set that was opened: class names in label order, a train and a test table."""
+
+    spec: str
+    class_names: tuple[str, ...]
+    train: ImageTable
+    test: ImageTable | None  # None: the source has no such split, see `with_test_split`
+    mirror_safe: bool = True  # a mirrored image keeps its class (not so for digits)
+
+
+class TensorImages(Dataset[Sample]):
+    """Images held in memory: uint8 or float (N, channels, H, W), labels int64 (N,)."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        if len(images) != len(labels):
+            raise InputError(f"expected one label an image, got {len(images)} images and {len(labels)} labels")
+        self.images = images
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index], self.labels[index]
+
+
+class StreamedImages(IterableDataset[Sample]):
+    """Images decoded by loader workers while they are needed; memory does not grow with their number.
+
+    Shuffled anew each epoch: wholly where the source allows it, through a buffer of `SHUFFLE_BUFFER` images where it
+    must be read in order.
+    """
+
+    def __init__(
+        self, table: ImageTable, preprocessing: Preprocessing, *, seed: int = 0, shuffle: bool = True, skip_bad: bool
+    ) -> None:
+        self.table = table
+        self.labels = torch.from_numpy(table.labels)
+        self.preprocessing = preprocessing
+        self.seed = seed
+        self.shuffle = shuffle
+        self.skip_bad = skip_bad
+        self.epoch = 0
+        self.num_workers = min(4, os.cpu_count() or 1)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Sample]:
+        worker = get_worker_info()
+        part, parts = (worker.id, worker.num_workers) if worker else (0, 1)
+        rng = np.random.default_rng((self.seed, self.epoch))
+        order = np.arange(len(self.table))
+        if self.shuffle and self.table.random_access:
+            order = rng.permutation(order)
+        stream = self._decode(np.array_split(order, parts)[part])
+        if self.shuffle and not self.table.random_access:
+            return shuffled(stream, SHUFFLE_BUFFER, rng)
+        return stream
+
+    def _decode(self, order: Labels) -> Iterator[Sample]:
+        payloads = self.table.read(self.table.rows[order])
+        for position, payload in zip(order, payloads, strict=True):
+            name = self.table.name(int(self.table.rows[position]))
+            image = decode(payload, self.preprocessing, name, skip_bad=self.skip_bad)
+            if image is not None:
+                yield image, int(self.table.labels[position])
+
+
+def shuffled(stream: Iterator[Sample], size: int, rng: np.random.Generator) -> Iterator[Sample]:
+    """Yield the items of `stream` in an order shuffled through a buffer of `size` items."""
+    buffer = list(itertools.islice(stream, size))
+    for item in stream:
+        index = int(rng.integers(len(buffer)))
+        yield buffer[index]
+        buffer[index] = item
+    for index in rng.permutation(len(buffer)):
+        yield buffer[index]
+
+
+# Opening a source
+
+
+def open_source(
+    spec: str,
+    *,
+    label_column: str | None = None,
+    image_column: str | None = None,
+    class_names: Sequence[str] | None = None,
+) -> Source:
+    """Open `digits`, a folder (class sub-folders or parquet), `hf:NAME` or `torchvision:NAME`; decodes nothing.
+
+    Args:
+        label_column: which column holds the label, where a source has several.
+        image_column: which column holds the image, likewise.
+        class_names: in label order, where the source does not name its classes.
+
+    Raises:
+        InputError: the source is not there, has no labels or images, or its columns are ambiguous.
+    """
+    if spec == "digits":
+        tables, names = _open_digits()
+    elif spec.startswith("hf:"):
+        tables, names = _open_hub(spec.removeprefix("hf:"), label_column, image_column)
+    elif spec.startswith("torchvision:"):
+        tables, names = _open_torchvision(spec.removeprefix("torchvision:"))
+    else:
+        folder = Path(spec)
+        if not folder.is_dir():
+            raise InputError(
+                f"no data at {spec!r}: expected 'digits', a folder, 'hf:NAME' or 'torchvision:NAME'"
+            )
+        if any(folder.rglob("*.parquet")):
+            tables, names = _open_parquet(folder, label_column, image_column)
+        else:
+            tables, names = _open_folders(folder)
+    if class_names is not None:
+        names = tuple(class_names)
+    train, test = tables.get("train"), tables.get("test")
+    for part, table in tables.items():
+        if len(table) == 0:
+            raise InputError(f"expected images in the {part} split of {spec!r}, found none")
+        low, high = int(table.labels.min()), int(table.labels.max())
+        if low < 0 or high >= len(names):
+            raise InputError(f"expected labels 0 to {len(names) - 1} in {spec!r}, found {low if low < 0 else high}")
+    if train is None:
+        raise InputError(f"expected a train split in {spec!r}, found {', '.join(tables) or 'none'}")
+    return Source(spec, names, train, test, mirror_safe=spec != "digits")
+
+
+def with_test_split(source: Source) -> tuple[Source, ImageTable]:
+    """Return the source and its test table; where it has none, a fifth of each class is cut off, always the same."""
+    if source.test is not None:
+        return source, source.test
+    train, test = stratified_split(source.train, TEST_SHARE, seed=SPLIT_SEED)
+    return replace(source, train=train, test=test), test
+
+
+Opened = tuple[dict[str, ImageTable], tuple[str, ...]]
+
+
+def _open_digits() -> Opened:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)  # stored as 0 to 16
+    table = ImageTable(
+        labels=digits.target.astype(np.int64),
+        read=lambda rows: (Image.fromarray(pixels[row]) for row in rows),
+        name=lambda row: f"digit {row}",
+    )
+    return {"train": table}, tuple(str(name) for name in digits.target_names)
+
+
+def _open_folders(folder: Path) -> Opened:
+    parts = {
+        "train": next((folder / name for name in ("train", "training") if (folder / name).is_dir()), None),
+        "test": next((folder / name for name in ("test", "val", "valid", "validation") if (folder / name).is_dir()), None),
+    }
+    if parts["train"] is None:
+        parts = {"train": folder}
+    names = tuple(sorted({p.name for part in parts.values() if part for p in part.iterdir() if p.is_dir()}))
+    if not names:
+        raise InputError(f"expected one sub-folder of images a class (or parquet files) in {str(folder)!r}, found none")
+    return {key: _folder_table(part, names) for key, part in parts.items() if part}, names
+
+
+def _folder_table(folder: Path, names: tuple[str, ...]) -> ImageTable:
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    files = [
+        (path, label)
+        for label, name in enumerate(names)
+        for path in sorted((folder / name).rglob("*"))
+        if path.suffix.lower() in IMG_EXTENSIONS
+    ]
+    return ImageTable(
+        labels=np.array([label for _, label in files], dtype=np.int64),
+        read=lambda rows: (files[row][0] for row in rows),
+        name=lambda row: str(files[row][0]),
+    )
+
+
+def _open_parquet(folder: Path, label_column: str | None, image_column: str | None) -> Opened:
+    import pyarrow.parquet as pq
+
+    files: dict[str, list[Path]] = {}
+    for path in sorted(folder.rglob("*.parquet")):
+        part = _split_of(str(path.relative_to(folder)))
+        files.setdefault(part, []).append(path)
+    try:
+        first = next(iter(files.values()))[0]
+        schema = pq.read_schema(first)
+        columns, names = _columns(schema, label_column, image_column, str(folder))
+        read = {
+            part: [pq.read_table(path, columns=[columns[1]]).column(0).to_pylist() for path in paths]
+            for part, paths in files.items()
+        }
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"cannot read the parquet files in {str(folder)!r}: {first_line(error)}") from error
+    raw = {part: list(itertools.chain.from_iterable(parts)) for part, parts in read.items()}
+    labels, names = _encode(raw, names, columns[1])
+    return {
+        part: ImageTable(
+            labels=labels[part],
+            read=_parquet_reader(paths, columns[0]),
+            name=lambda row, part=part: f"row {row} of the {part} split of {folder}",  # type: ignore[misc]
+            random_access=False,
+        )
+        for part, paths in files.items()
+    }, names
+
+
+def _split_of(path: str) -> str:
+    words = re.split(r"[^a-z]+", path.lower())
+    if "test" in words:
+        return "test"
+    return "test" if {"val", "valid", "validation"} & set(words) else "train"
+
+
+def _columns(
+    schema: Any, label_column: str | None, image_column: str | None, where: str
+) -> tuple[tuple[str, str], tuple[str, ...]]:
+    """Return the image and the label column of an Arrow schema, and the class names where its metadata has them."""
+    from datasets import ClassLabel, Features
+
+    present = list(schema.names)
+    try:
+        features: dict[str, Any] = dict(Features.from_arrow_schema(schema))
+    except (ValueError, KeyError, TypeError):  # metadata of another writer: columns still tell their names
+        features = {}
+    label = _choose(label_column, LABEL_COLUMNS, present, "label", where, {
+        name for name, feature in features.items() if isinstance(feature, ClassLabel)
+    })
+    image = _choose(image_column, IMAGE_COLUMNS, present, "image", where, set())
+    feature = features.get(label)
+    names = tuple(feature.names) if isinstance(feature, ClassLabel) else ()
+    return (image, label), names
+
+
+def _choose(
+    asked: str | None, usual: Sequence[str], present: Sequence[str], kind: str, where: str, typed: set[str]
+) -> str:
+    listing = ", ".join(present)
+    if asked is not None:
+        if asked not in present:
+            raise InputError(f"no column {asked!r} in {where!r}: it has {listing}; choose one with --{kind}-column")
+        return asked
+    found = [name for name in present if name in typed] or [name for name in usual if name in present]
+    if len(found) == 1 or (found and not typed):
+        return found[0]
+    if not found:
+        raise InputError(f"found no {kind} column in {where!r}: it has {listing}; name one with --{kind}-column")
+    raise InputError(f"several {kind} columns in {where!r}: {', '.join(found)}; choose one with --{kind}-column")
+
+
+def _encode(
+    raw: dict[str, list[Any]], names: tuple[str, ...], column: str
+) -> tuple[dict[str, Labels], tuple[str, ...]]:
+    """Turn raw labels, integers or strings, into int64 labels and class names."""
+    values = list(itertools.chain.from_iterable(raw.values()))
+    if all(isinstance(value, str) for value in values):
+        names = names or tuple(sorted(set(values)))
+        index = {name: label for label, name in enumerate(names)}
+        return {part: np.array([index[v] for v in column_], dtype=np.int64) for part, column_ in raw.items()}, names
+    if not all(isinstance(value, int) and not isinstance(value, bool) for value in values):
+        kinds = ", ".join(sorted({type(value).__name__ for value in values}))
+        raise InputError(f"expected integer or text labels in column {column!r}, found {kinds}; see --label-column")
+    names = names or tuple(str(label) for label in range(max(values, default=-1) + 1))
+    return {part: np.array(column_, dtype=np.int64) for part, column_ in raw.items()}, names
+
+
+def _parquet_reader(paths: Sequence[Path], column: str) -> Callable[[Labels], Iterator[Any]]:
+    def read(rows: Labels) -> Iterator[Any]:
+        """Yield the payloads of ascending rows; row groups without a wanted row are not read."""
+        import pyarrow.parquet as pq
+
+        start, position = 0, 0
+        for path in paths:
+            with pq.ParquetFile(path) as file:
+                for group in range(file.num_row_groups):
+                    size = file.metadata.row_group(group).num_rows
+                    stop = position + int(np.searchsorted(rows[position:], start + size))
+                    if stop > position:
+                        wanted = rows[position:stop] - start
+                        yield from _group_payloads(file, group, column, wanted, path)
+                    start, position = start + size, stop
+
+    return read
+
+
+def _group_payloads(file: Any, group: int, column: str, wanted: Labels, path: Path) -> Iterator[Any]:
+    first, position = 0, 0
+    for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=[column]):
+        stop = position + int(np.searchsorted(wanted[position:], first + len(batch)))
+        for value in batch.column(0).take(wanted[position:stop] - first).to_pylist():
+            yield _payload(value, path.parent)
+        first, position = first + len(batch), stop
+
+
+def _payload(value: Any, folder: Path) -> Any:
+    if isinstance(value, dict):  # the hub's image struct
+        return value["bytes"] if value.get("bytes") is not None else folder / str(value.get("path"))
+    return folder / value if isinstance(value, str) else value
+
+
+def _open_hub(name: str, label_column: str | None, image_column: str | None) -> Opened:
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(name)
+    except Exception as error:  # the hub client raises dozens of kinds: missing, gated, offline
+        raise InputError(f"cannot load data set {name!r} from the hub: {first_line(error)}") from error
+    parts = {_split_of(str(key)): part for key, part in reversed(list(loaded.items()))}
+    first = next(iter(parts.values()))
+    (image, label), names = _columns(first.features.arrow_schema, label_column, image_column, f"hf:{name}")
+    labels, names = _encode({key: list(part[label]) for key, part in parts.items()}, names, label)
+    return {
+        key: ImageTable(
+            labels=labels[key],
+            read=_hub_reader(part.select_columns([image]).cast_column(image, datasets.Image(decode=False)), image),
+            name=lambda row, key=key: f"row {row} of the {key} split of hf:{name}",  # type: ignore[misc]
+        )
+        for key, part in parts.items()
+    }, names
+
+
+def _hub_reader(part: Any, column: str) -> Callable[[Labels], Iterator[Any]]:
+    return lambda rows: (_payload(part[int(row)][column], Path()) for row in rows)
+
+
+def _open_torchvision(name: str) -> Opened:
+    import torchvision.datasets
+
+    maker = getattr(torchvision.datasets, name, None)
+    if not isinstance(maker, type):
+        raise InputError(f"torchvision has no data set {name!r}; see its documentation for the names")
+    root = Path(os.environ.get("TORCHVISION_DATA", Path.home() / ".cache" / "torchvision"))
+    try:
+        parts = {"train": maker(root, train=True, download=True), "test": maker(root, train=False, download=True)}
+    except TypeError:
+        raise InputError(f"torchvision:{name} does not come as labelled train and test images") from None
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"cannot load torchvision:{name} into {root}: {first_line(error)}") from error
+    try:
+        labels = {key: np.asarray(part.targets, dtype=np.int64) for key, part in parts.items()}
+    except AttributeError:
+        raise InputError(f"torchvision:{name} has no class labels (no 'targets')") from None
+    names = getattr(parts["train"], "classes", None) or range(int(labels["train"].max()) + 1)
+    return {
+        key: ImageTable(
+            labels=labels[key],
+            read=lambda rows, part=part: (part[int(row)][0] for row in rows),  # type: ignore[misc]
+            name=lambda row, key=key: f"image {row} of the {key} split of torchvision:{name}",  # type: ignore[misc]
+        )
+        for key, part in parts.items()
+    }, tuple(str(class_name) for class_name in names)
+
+
+# Classes and samples
+
+
+def resolve_classes(asked: Sequence[str | int], class_names: Sequence[str]) -> tuple[int, ...]:
+    """Return the sorted labels of classes given by name or by index; a name wins over an index.
+
+    Raises:
+        InputError: a class is unknown or out of range, none is given, or all are.
+    """
+    labels: set[int] = set()
+    for item in _split_at_commas(asked, class_names):
+        text = str(item).strip()
+        if isinstance(item, str) and text in class_names:
+            labels.add(list(class_names).index(text))
+        elif re.fullmatch(r"-?\d+", text):
+            if not 0 <= int(text) < len(class_names):
+                raise InputError(f"class index {text} is out of range: expected 0 to {len(class_names) - 1}")
+            labels.add(int(text))
+        elif text:
+            shown = ", ".join(class_names[:12]) + (", ..." if len(class_names) > 12 else "")
+            raise InputError(f"unknown class {text!r}: expected one of {shown} (or an index)")
+    if not labels:
+        raise InputError("expected at least one class to forget, got none")
+    if len(labels) == len(class_names):
+        raise InputError(f"cannot forget all {len(class_names)} classes: at least one must be retained")
+    return tuple(sorted(labels))
+
+
+def _split_at_commas(asked: Sequence[str | int], class_names: Sequence[str]) -> Iterator[str | int]:
+    for item in asked:
+        if isinstance(item, str) and item not in class_names:
+            yield from item.split(",")
+        else:
+            yield item
+
+
+def stratified_split(table: ImageTable, share: float, *, seed: int) -> tuple[ImageTable, ImageTable]:
+    """Cut `share` of each class off, at random; a class of one image stays whole in the first part."""
+    rng = np.random.default_rng(seed)
+    cut: list[Labels] = []
+    for label in np.unique(table.labels):
+        rows = rng.permutation(np.flatnonzero(table.labels == label))
+        cut.append(rows[: max(1, round(share * len(rows)))] if len(rows) > 1 else rows[:0])
+    second = np.concatenate(cut)
+    return table.select(np.setdiff1d(np.arange(len(table)), second)), table.select(second)
+
+
+def draw(
+    table: ImageTable, *, per_class: int | None = None, share: float | None = None, seed: int
+) -> ImageTable:
+    """Return a random sample of every class: `per_class` images (all, where fewer), or a share, or everything."""
+    if per_class is None and share is None:
+        return table
+    rng = np.random.default_rng(seed)
+    chosen: list[Labels] = []
+    for label in np.unique(table.labels):
+        rows = rng.permutation(np.flatnonzero(table.labels == label))
+        size = per_class if per_class is not None else max(1, round((share or 0) * len(rows)))
+        chosen.append(rows[:size])
+    return table.select(np.concatenate(chosen) if chosen else np.empty(0, dtype=np.int64))
+
+
+def without(table: ImageTable, labels: Iterable[int]) -> ImageTable:
+    """Return the rows of `table` that bear none of `labels`."""
+    return table.select(np.flatnonzero(~np.isin(table.labels, list(labels))))
+
+
+def relabel(table: ImageTable, new_labels: Sequence[int]) -> ImageTable:
+    """Return the table with each label l replaced by `new_labels[l]`."""
+    return replace(table, labels=np.asarray(new_labels, dtype=np.int64)[table.labels])
+
+
+# Decoding
+
+
+def native_size(table: ImageTable, sample: int = 64) -> tuple[int, int] | None:
+    """Return the (height, width) that the first images share, or None where they differ or none can be decoded."""
+    sizes = set()
+    rows = table.rows[:sample]
+    for row, payload in zip(rows, table.read(rows), strict=True):
+        try:
+            sizes.add(_open_image(payload, table.name(int(row))).size)
+        except InputError:
+            continue
+    if len(sizes) != 1:
+        return None
+    width, height = sizes.pop()
+    return height, width
+
+
+def native_channels(table: ImageTable) -> int:
+    """Return 1 where the first image that can be decoded is grey, else 3."""
+    rows = table.rows[:64]
+    for row, payload in zip(rows, table.read(rows), strict=True):
+        try:
+            return 1 if _open_image(payload, table.name(int(row))).mode in ("1", "L", "I", "I;16", "F") else 3
+        except InputError:
+            continue
+    return 3
+
+
+def _open_image(payload: Any, name: str) -> Image.Image:
+    try:
+        if isinstance(payload, Image.Image):
+            return payload
+        if isinstance(payload, np.ndarray):
+            return Image.fromarray(payload)
+        image = Image.open(io.BytesIO(payload) if isinstance(payload, bytes) else payload)
+        image.load()
+        return image
+    except (OSError, ValueError, SyntaxError, TypeError, AttributeError, Image.DecompressionBombError) as error:
+        raise InputError(f"cannot decode {name} ({first_line(error)}); remove it or pass --skip-bad") from error
+
+
+def decode(payload: Any, preprocessing: Preprocessing, name: str, *, skip_bad: bool = False) -> Tensor | None:
+    """Return an image as uint8 (channels, H, W), resized on its shorter side and centre-cropped where sizes differ.
+
+    None for an image that cannot be decoded, where `skip_bad`; else InputError, which names it.
+    """
+    try:
+        image = _open_image(payload, name)
+    except InputError:
+        if skip_bad:
+            return None
+        raise
+    image = image.convert("L" if preprocessing.channels == 1 else "RGB")
+    height, width = preprocessing.size
+    if image.size != (width, height):
+        scale = max(width / image.width, height / image.height)
+        resized = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+        image = image.resize(resized, Image.Resampling.BILINEAR)
+        left, top = (resized[0] - width) // 2, (resized[1] - height) // 2
+        image = image.crop((left, top, left + width, top + height))
+    pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
+    return pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A table made ready for a model, and how many of its images could not be decoded and were left out."""
+
+    dataset: TensorImages | StreamedImages
+    skipped: int
+
+
+def stage(
+    table: ImageTable, preprocessing: Preprocessing, *, skip_bad: bool = False, shuffle: bool = True, seed: int = 0
+) -> Staged:
+    """Decode a small table into one uint8 tensor; give a large one back as a stream.
+
+    Args:
+        shuffle: whether a stream is shuffled each epoch; a tensor is shuffled by its loader.
+    """
+    height, width = preprocessing.size
+    if len(table) * preprocessing.channels * height * width > STAGE_LIMIT_BYTES:
+        return Staged(StreamedImages(table, preprocessing, seed=seed, shuffle=shuffle, skip_bad=skip_bad), 0)
+    images = torch.empty((len(table), preprocessing.channels, height, width), dtype=torch.uint8)
+    kept = torch.ones(len(table), dtype=torch.bool)
+
+    def fill(item: tuple[int, Any]) -> None:
+        index, payload = item
+        image = decode(payload, preprocessing, table.name(int(table.rows[index])), skip_bad=skip_bad)
+        if image is None:
+            kept[index] = False
+        else:
+            images[index] = image
+
+    with ThreadPoolExecutor() as pool:
+        payloads = enumerate(table.read(table.rows))
+        while chunk := list(itertools.islice(payloads, 4096)):
+            list(pool.map(fill, chunk))
+    labels = torch.from_numpy(table.labels.copy())
+    skipped = int((~kept).sum())
+    if skipped:
+        images, labels = images[kept], labels[kept]
+    return Staged(TensorImages(images, labels), skipped)
+
+
+def measure_statistics(table: ImageTable, size: tuple[int, int], channels: int) -> Preprocessing:
+    """Return preprocessing whose mean and std are those of up to 2,000 images of `table`, evenly spaced."""
+    sample = table.select(np.unique(np.linspace(0, len(table) - 1, min(len(table), 2000)).astype(np.int64)))
+    plain = Preprocessing(size=size, mean=(0.0,) * channels, std=(1.0,) * channels, source="measured")
+    staged = stage(sample, plain, skip_bad=True).dataset
+    if not isinstance(staged, TensorImages) or len(staged) == 0:
+        raise InputError("cannot measure mean and std on these images; give them with --mean and --std")
+    counts = torch.stack([torch.bincount(c.flatten().long(), minlength=256) for c in staged.images.unbind(1)]).double()
+    values = torch.arange(256, dtype=torch.float64) / 255
+    mean = (counts * values).sum(1) / counts.sum(1)
+    variance = (counts * (values - mean.unsqueeze(1)).square()).sum(1) / counts.sum(1)
+    std = variance.sqrt().clamp_min(1e-3)
+    return replace(
+        plain, mean=tuple(round(m, 4) for m in mean.tolist()), std=tuple(round(s, 4) for s in std.tolist())
+    )
+
+
+def normalize(images: Tensor, preprocessing: Preprocessing | None) -> Tensor:
+    """Return model input: uint8 images scaled to [0, 1] and normalized; float images as they are.
+
+    Raises:
+        InputError: images are uint8 and there is no preprocessing, or their channels do not match it.
+    """
+    if images.is_floating_point():
+        return images
+    if preprocessing is None:
+        raise InputError(f"expected float images, or uint8 images and a preprocessing; got {images.dtype} images alone")
+    if images.shape[1] != preprocessing.channels:
+        raise InputError(
+            f"expected images of {preprocessing.channels} channels, got {images.shape[1]}; see Preprocessing"
+        )
+    mean = torch.tensor(preprocessing.mean, device=images.device).view(1, -1, 1, 1)
+    std = torch.tensor(preprocessing.std, device=images.device).view(1, -1, 1, 1)
+    return images.float().div_(255).sub_(mean).div_(std)
+
+
+def count_labels(dataset: Dataset[Any]) -> dict[int, int]:
+    """Return how many samples bear each label; images are decoded only where a data set does not list its labels."""
+    listed = getattr(dataset, "labels", None)
+    if listed is None:
+        listed = getattr(dataset, "targets", None)
+    if listed is not None:
+        values, counts = np.unique(np.asarray(listed), return_counts=True)
+        return {int(value): int(count) for value, count in zip(values, counts, strict=True)}
+    loader: DataLoader[Any] = DataLoader(dataset, batch_size=None)
+    return dict(sorted(Counter(int(sample[1]) for sample in loader).items()))
+
+
+def missing_classes(counts: Mapping[int, int], expected: Iterable[int], class_names: Sequence[str]) -> list[str]:
+    """Return the names of the classes of `expected` without a sample in `counts`."""
+    return [class_names[label] for label in expected if not counts.get(label)]

@@ -1,0 +1,71 @@
+"""What every method checks of its split before it touches a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from expunge.data import count_labels, normalize
+from expunge.errors import InputError
+from expunge.schema import Split
+from expunge.train import as_tensor, device_of, evaluating, logits_of
+
+
+def check_zero_glance(model: nn.Module, split: Split) -> dict[int, int]:
+    """Check that a split holds nothing of what is to be forgotten; return the retain sample's label counts.
+
+    Raises:
+        InputError: there is no class to forget, or all are; a label is out of range; the split carries forget samples;
+            the retain sample is empty or has a sample of a forgotten class.
+    """
+    num_classes = count_classes(model, split)
+    classes = split.forget_classes
+    if not classes:
+        raise InputError("expected at least one class to forget, got none")
+    outside = [label for label in classes if not 0 <= label < num_classes]
+    if outside:
+        raise InputError(f"class index {outside[0]} is out of range: expected 0 to {num_classes - 1}")
+    gone = set(classes) | set(split.forgotten_before)
+    if len(gone) >= num_classes:
+        raise InputError(f"cannot forget all {num_classes} classes: at least one must be retained")
+    if split.forget is not None:
+        raise InputError("this method is zero-glance, but the split carries forget samples: pass split.zero_glance()")
+    counts = count_labels(split.retain)
+    if not counts:
+        raise InputError("expected a retain sample, got an empty one")
+    for label in sorted(counts):
+        if not 0 <= label < num_classes:
+            raise InputError(f"the retain sample has label {label}: expected 0 to {num_classes - 1}")
+        if label in gone:
+            name = split.class_names[label] if split.class_names else label
+            raise InputError(
+                f"the retain sample has {counts[label]} samples of the forgotten class {name!r}: remove them "
+                "(on the command line: --drop-forgotten)"
+            )
+    return counts
+
+
+@torch.no_grad()
+def count_classes(model: nn.Module, split: Split) -> int:
+    """Return the number of logits the model gives."""
+    with evaluating(model):
+        image = first_image(split).unsqueeze(0).to(device_of(model))
+        return logits_of(model(image)).shape[1]
+
+
+def first_image(split: Split) -> Tensor:
+    """Return one retained image as model input, float (channels, H, W).
+
+    Raises:
+        InputError: the retain sample is empty.
+    """
+    retain: Any = split.retain
+    if hasattr(retain, "__len__") and len(retain) == 0:
+        raise InputError("expected a retain sample, got an empty one")
+    sample = retain[0] if hasattr(retain, "__getitem__") else next(cast(Iterator[Any], iter(retain)), None)
+    if sample is None:
+        raise InputError("expected a retain sample, got an empty one")
+    return normalize(as_tensor(sample[0]).unsqueeze(0), split.preprocessing)[0]

@@ -1,0 +1,249 @@
+"""UNSIR: forget classes with error-maximizing noise, an impair pass and a repair pass. Zero-glance.
+
+Source: Tarun, Chundawat, Mandal and Kankanhalli, Fast Yet Effective Machine Unlearning, arXiv:2111.08947.
+Shapes: noise images (N, channels, H, W), float model input; labels (N,) int64.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from expunge.data import TensorImages
+from expunge.errors import DivergedError, InputError
+from expunge.journal import Journal
+from expunge.methods.checks import check_zero_glance, first_image
+from expunge.schema import Split, TrainConfig
+from expunge.train import device_of, logits_of, seeded, train
+
+NOTEBOOK_DEFECTS = {
+    "three_noise_images": "of each class's noise only as many images as an image has channels are used",
+    "label_zero": "every noise image is labelled 0, whichever class it was learned for",
+    "train_mode_noise": "noise is learned in train mode, class by class: BatchNorm statistics absorb it",
+    "summed_penalty": "the penalty weighs the sum over pixels, so it grows with resolution",
+}
+"""Defects of the authors' notebook that a configuration can switch on, by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnsirConfig:
+    """Hyper-parameters of UNSIR. The defaults are those that did best in docs/research/defaults.md."""
+
+    noise_per_class: int = 32  # images learned for each forget class
+    noise_steps: int = 40  # Adam steps, as in the notebook: 5 epochs of 8
+    noise_lr: float = 0.1  # notebook
+    noise_penalty: float = 3.0  # weight of the mean squared pixel; the notebook's 0.1 on the sum is 307.2 at 3 x 32 x 32
+    noise_share: float = 0.4  # of the images in impair, in (0, 1); each noise image is repeated as often as that takes
+    impair: TrainConfig = field(
+        default_factory=lambda: TrainConfig(steps=24, lr=0.01, schedule="one_cycle", update_norm_statistics=False)
+    )
+    repair: TrainConfig = field(default_factory=lambda: TrainConfig(steps=128, lr=0.004, schedule="one_cycle"))
+    repair_temperature: float | None = 2.0  # of the original's answers that repair distils; None: train on labels
+    defects: frozenset[str] = frozenset()  # of NOTEBOOK_DEFECTS
+
+    def __post_init__(self) -> None:
+        for name in ("noise_per_class", "noise_steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"expected {name} of at least 1, got {getattr(self, name)}")
+        if not self.noise_lr > 0 or not self.noise_penalty >= 0:
+            raise InputError(
+                f"expected a positive noise_lr and a noise_penalty of at least 0, "
+                f"got {self.noise_lr} and {self.noise_penalty}"
+            )
+        if not 0 < self.noise_share < 1:
+            raise InputError(f"expected a noise_share between 0 and 1, got {self.noise_share}")
+        if self.repair_temperature is not None and not self.repair_temperature > 0:
+            raise InputError(f"expected a positive repair_temperature, got {self.repair_temperature}")
+        unknown = sorted(set(self.defects) - set(NOTEBOOK_DEFECTS))
+        if unknown:
+            raise InputError(f"unknown defect {unknown[0]!r}: expected one of {', '.join(NOTEBOOK_DEFECTS)}")
+
+    @classmethod
+    def paper(cls) -> UnsirConfig:
+        """The paper's procedure with the rates its authors published, the notebook's defects mended."""
+        return cls(
+            noise_per_class=256,
+            impair=TrainConfig(epochs=1, lr=0.02, update_norm_statistics=False),
+            repair=TrainConfig(epochs=1, lr=0.01),
+        )
+
+    @classmethod
+    def notebook(cls) -> UnsirConfig:
+        """The authors' notebook as published, with the four defects of its method kept; see NOTEBOOK_DEFECTS.
+
+        Kept out, because they are no part of a method: its retain subset (the first files of each class), its accuracy
+        (a mean of batch means), and weight gradients of the noise phase left over for the first impair step.
+        """
+        return cls(
+            noise_per_class=256,
+            noise_penalty=0.1,
+            impair=TrainConfig(epochs=1, lr=0.02),
+            repair=TrainConfig(epochs=1, lr=0.01),
+            defects=frozenset(NOTEBOOK_DEFECTS),
+        )
+
+
+def unsir(
+    model: nn.Module,
+    split: Split,
+    config: UnsirConfig | None = None,
+    *,
+    seed: int,
+    journal: Journal | None = None,
+) -> nn.Module:
+    """Return a copy of `model`, in eval mode, that has forgotten `split.forget_classes`. Zero-glance.
+
+    Args:
+        model: gives logits (N, C) for images (N, channels, H, W); it is not changed.
+        split: the classes to forget and a retain sample without them; `split.forget` must be None.
+        seed: of all randomness; the same seed gives the same weights, bit for bit on CPU.
+        journal: collects seconds, steps and samples of the three phases.
+
+    Raises:
+        InputError: the split holds forget samples, no or unusable classes, or no retain sample.
+        DivergedError: a loss became NaN or infinite.
+    """
+    config = config or UnsirConfig()
+    check_zero_glance(model, split)
+    if "train_mode_noise" in config.defects:
+        model = copy.deepcopy(model)  # whose statistics the noise phase spoils, as the notebook's does
+        noise = _learn_noise(model.train(), split, config, seed=seed, journal=journal)
+    else:
+        noise = learn_noise(model, split, config, seed=seed, journal=journal)
+    impaired = impair(model, split, noise, config, seed=seed, journal=journal)
+    return repair(impaired, split, config, seed=seed, journal=journal)
+
+
+def learn_noise(
+    model: nn.Module, split: Split, config: UnsirConfig, *, seed: int, journal: Journal | None = None
+) -> TensorImages:
+    """Learn images on which the model errs most about each forget class, all classes in one batch.
+
+    The model is in eval mode with frozen parameters: its statistics do not move and no weight gradient is computed.
+
+    Returns:
+        `noise_per_class` images for each forget class, float model input on the CPU, with that class as label.
+
+    Raises:
+        DivergedError: the objective became NaN or infinite.
+    """
+    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    return _learn_noise(frozen, split, config, seed=seed, journal=journal)
+
+
+def noise_objective(logits: Tensor, labels: Tensor, images: Tensor, penalty: float, *, summed: bool = False) -> Tensor:
+    """Return the loss that noise minimizes: minus cross-entropy plus `penalty` times the mean squared pixel.
+
+    Source: arXiv:2111.08947, equation 1. Averaged over images. The paper weighs the sum of squares of an image;
+    the mean (times channels * H * W for the same value) keeps its strength at any resolution.
+
+    Args:
+        logits: (N, C) of the frozen model on `images`.
+        labels: (N,) int64, the class each image shall be mistaken about.
+        images: (N, channels, H, W).
+        summed: weigh the sum over pixels instead.
+    """
+    size = images.square().flatten(1)
+    return -F.cross_entropy(logits, labels) + penalty * (size.sum(1) if summed else size.mean(1)).mean()
+
+
+def impair(
+    model: nn.Module,
+    split: Split,
+    noise: TensorImages,
+    config: UnsirConfig,
+    *,
+    seed: int,
+    journal: Journal | None = None,
+) -> nn.Module:
+    """Return a copy of `model` trained on noise and retain sample, shuffled together: it unlearns, and is damaged.
+
+    Raises:
+        DivergedError: the loss became NaN or infinite.
+    """
+    images, labels = noise.images, noise.labels
+    if "three_noise_images" in config.defects:
+        first = [torch.nonzero(labels == label).flatten()[: images.shape[1]] for label in labels.unique()]
+        images, labels = images[torch.cat(first)], labels[torch.cat(first)]
+    if "label_zero" in config.defects:
+        labels = torch.zeros_like(labels)
+    copies = TensorImages(images.repeat(config.noise_repeats, 1, 1, 1), labels.repeat(config.noise_repeats))
+    impaired = copy.deepcopy(model)
+    train(
+        impaired,
+        split.retain,
+        config.impair,
+        seed=seed,
+        preprocessing=split.preprocessing,
+        synthetic=copies,
+        journal=journal,
+        phase="impair",
+    )
+    return impaired
+
+
+def repair(
+    model: nn.Module, split: Split, config: UnsirConfig, *, seed: int, journal: Journal | None = None
+) -> nn.Module:
+    """Return a copy of `model` trained on the retain sample alone: what impair damaged comes back.
+
+    Raises:
+        DivergedError: the loss became NaN or infinite.
+    """
+    repaired = copy.deepcopy(model)
+    train(
+        repaired,
+        split.retain,
+        config.repair,
+        seed=seed,
+        preprocessing=split.preprocessing,
+        journal=journal,
+        phase="repair",
+    )
+    return repaired
+
+
+def _learn_noise(
+    model: nn.Module, split: Split, config: UnsirConfig, *, seed: int, journal: Journal | None
+) -> TensorImages:
+    """Learn noise with `model` in the mode it is in."""
+    device = device_of(model)
+    shape = first_image(split).shape
+    classes = torch.tensor(split.forget_classes)
+    labels = classes.repeat_interleave(config.noise_per_class)
+    start = torch.randn((len(labels), *shape), generator=torch.Generator().manual_seed(seed))
+    # one batch a class only where the model's own statistics make the images of a batch depend on each other
+    batches = classes.tolist() if model.training else [None]
+    learned: list[Tensor] = []
+    with (
+        (journal or Journal()).phase("noise", steps=config.noise_steps * len(batches)) as meter,
+        seeded(seed, device),
+        torch.enable_grad(),
+    ):
+        for label in batches:
+            chosen = labels == label if label is not None else torch.ones_like(labels, dtype=torch.bool)
+            images = start[chosen].to(device).requires_grad_()
+            targets = labels[chosen].to(device)
+            optimizer = torch.optim.Adam([images], config.noise_lr)
+            for _ in range(config.noise_steps):
+                loss = noise_objective(
+                    logits_of(model(images)),
+                    targets,
+                    images,
+                    config.noise_penalty,
+                    summed="summed_penalty" in config.defects,
+                )
+                if not torch.isfinite(loss):
+                    raise DivergedError(
+                        f"the noise objective became {loss.item()} at step {meter.steps + 1}; nothing was kept: "
+                        f"lower noise_lr (now {config.noise_lr:g})"
+                    )
+                (images.grad,) = torch.autograd.grad(loss, [images])
+                optimizer.step()
+                meter.step(loss=loss.item(), samples=len(images))
+            learned.append(images.detach().cpu())
+    return TensorImages(torch.cat(learned), labels)

@@ -1,0 +1,140 @@
+"""The data that travels between the parts: frozen, checked on construction, without behaviour."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from expunge.errors import InputError
+
+SCHEMA_VERSION = 1
+"""Version of `record.json`; raised when a key is renamed, moved or changes meaning."""
+
+Sample = tuple[Any, Any]
+"""(image, label): a tensor (channels, H, W) or PIL image, and an integer class."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """How an image on disk becomes a model's input: decode, resize, centre-crop, scale to [0, 1], normalize."""
+
+    size: tuple[int, int]  # (height, width) in pixels
+    mean: tuple[float, ...]  # per channel, of images scaled to [0, 1]
+    std: tuple[float, ...]  # per channel, likewise; positive
+    source: str = "given"  # who said so: given, metadata, timm, torchvision, hf, measured
+
+    def __post_init__(self) -> None:
+        if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean):
+            raise InputError(
+                f"expected mean and std of one or three channels each, got {len(self.mean)} and {len(self.std)} values"
+            )
+        if min(self.std) <= 0 or not all(map(math.isfinite, (*self.mean, *self.std))):
+            raise InputError(f"expected finite means and positive stds, got mean {self.mean}, std {self.std}")
+        if min(self.size) < 1:
+            raise InputError(f"expected an image size of at least 1 pixel, got {self.size}")
+
+    @property
+    def channels(self) -> int:
+        return len(self.mean)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """The data of one erasure.
+
+    Images are uint8 in [0, 255], which `preprocessing` turns into model input, or float tensors that already are
+    model input. A zero-glance method takes a split whose `forget` is None: see `zero_glance`.
+    """
+
+    forget_classes: tuple[int, ...]  # labels to forget
+    retain: Dataset[Sample]  # samples of the other classes: what a method may read
+    forget: Dataset[Sample] | None = None  # training samples of the forget classes
+    test: Dataset[Sample] | None = None  # held-out samples, of any class; read by evaluation alone
+    class_names: tuple[str, ...] = ()  # in label order; empty: unnamed
+    preprocessing: Preprocessing | None = None  # needed where images are uint8
+    forgotten_before: tuple[int, ...] = ()  # labels that earlier requests removed: their samples are refused too
+
+    def zero_glance(self) -> Split:
+        """Return the part of this split that a zero-glance method may see: the retain sample alone."""
+        return Split(
+            forget_classes=self.forget_classes,
+            retain=self.retain,
+            class_names=self.class_names,
+            preprocessing=self.preprocessing,
+            forgotten_before=self.forgotten_before,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Hyper-parameters of one run of ordinary mini-batch training."""
+
+    epochs: int = 1  # passes over the data
+    steps: int | None = None  # optimizer steps, over as many passes as they take; overrides epochs
+    lr: float = 0.001  # learning rate; the peak where the schedule is one_cycle
+    batch_size: int = 256
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    momentum: float = 0.9  # SGD alone (Nesterov)
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "one_cycle"] = "constant"  # one_cycle: Smith and Topin, arXiv:1708.07120
+    flip: bool = False  # mirror each image left-right with probability one half
+    crop: int = 0  # pixels of reflection padding before a random crop
+    clip_value: float | None = None  # gradient elements are clipped to [-clip_value, clip_value]
+    update_norm_statistics: bool = True  # False: running statistics stay as they are
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"expected {name} of at least 1, got {getattr(self, name)}")
+        if self.steps is not None and self.steps < 1:
+            raise InputError(f"expected steps of at least 1, got {self.steps}")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise InputError(f"expected a positive learning rate, got {self.lr}")
+        if self.optimizer not in ("adam", "adamw", "sgd"):
+            raise InputError(f"expected optimizer adam, adamw or sgd, got {self.optimizer!r}")
+        if self.schedule not in ("constant", "one_cycle"):
+            raise InputError(f"expected schedule constant or one_cycle, got {self.schedule!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """What one phase of a run cost."""
+
+    name: str
+    seconds: float  # wall clock
+    steps: int  # optimizer steps
+    samples: int  # images that went through the optimizer, repeats counted
+    label_counts: Mapping[int, int]  # the same by label; real data only, so empty for learned noise
+    final_loss: float | None  # mean over the last epoch; None where nothing was trained
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One erasure or audit, as it is written to `record.json`. Keys are documented in docs/record.md."""
+
+    method: str
+    config: Mapping[str, Any]
+    classes: Mapping[str, Any]
+    seed: int | None
+    model: Mapping[str, Any]
+    data: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+    cost: Mapping[str, Any]
+    samples_read: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    checks: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    schema_version: int = SCHEMA_VERSION
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """A model's answers on a dataset, in its order: logits (N, classes) float32 and labels (N,) int64, on the CPU."""
+
+    logits: Tensor
+    labels: Tensor

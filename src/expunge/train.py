@@ -1,0 +1,416 @@
+"""The only loops over batches: `train` and `predict`, on one device or many (Accelerate).
+
+A model runs where its parameters are. Under `accelerate launch` or torchrun each process takes its share of every
+batch and the results are those of one process up to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from expunge.data import normalize
+from expunge.errors import DivergedError, InputError
+from expunge.journal import Journal
+from expunge.schema import Predictions, Preprocessing, TrainConfig
+
+Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(logits (N, C), images (N, channels, H, W), labels (N,)) -> scalar loss."""
+
+PREDICT_BATCH = 256
+
+
+def train(
+    model: nn.Module,
+    dataset: Dataset[Any],
+    config: TrainConfig,
+    *,
+    seed: int,
+    preprocessing: Preprocessing | None = None,
+    synthetic: Dataset[Any] | None = None,
+    objective: Objective | None = None,
+    journal: Journal | None = None,
+    phase: str = "train",
+    checkpoint: Path | None = None,
+) -> None:
+    """Train `model` in place, in train mode, and leave it in eval mode. Parameters without `requires_grad` stay.
+
+    Args:
+        dataset: (image, label) samples; images uint8, which `preprocessing` normalizes, or float.
+        seed: of the order of samples, augmentation and dropout; the caller's random state is left alone.
+        synthetic: images made from a model, shuffled in with `dataset`, shown as often, and not counted as read.
+        objective: the loss; cross-entropy of logits and labels by default.
+        checkpoint: a file in which each finished epoch is kept, and from which an interrupted training goes on, to
+            the same result bit for bit on CPU. The caller removes it when the result is safe.
+
+    Raises:
+        DivergedError: the loss became NaN or infinite.
+        InputError: there is nothing to train or to train on, or the checkpoint is of another training.
+    """
+    device = device_of(model)
+    model.to(memory_format=torch.channels_last)  # convolutions run a fifth faster, on CPU as on GPU
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise InputError("expected a model with parameters to train: all of them have requires_grad=False")
+    accelerator = Accelerator(device_placement=False, cpu=device.type == "cpu")
+    mixed = _mix(dataset, synthetic, seed)
+    loader = _loader(mixed, config.batch_size, shuffle=True)
+    epochs = config.epochs if config.steps is None else math.ceil(config.steps / max(1, len(loader)))
+    steps = config.steps or max(1, len(loader)) * epochs
+    optimizer = _optimizer(parameters, config)
+    scheduler = _scheduler(optimizer, config, steps)
+    first_epoch = 0
+    if checkpoint is not None:
+        first_epoch = _restore(checkpoint, model, optimizer, scheduler, config, seed)
+    runner, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+    loss_of = objective or (lambda logits, _, labels: F.cross_entropy(logits, labels))
+    left = steps - first_epoch * len(loader)
+
+    with (journal or Journal()).phase(phase, steps=left) as meter:
+        for epoch in range(first_epoch, epochs):
+            meter.start_epoch()
+            model.train()
+            statistics = nullcontext() if config.update_norm_statistics else kept_statistics(model)
+            with seeded(_epoch_seed(seed, epoch), device), statistics:
+                if hasattr(mixed, "set_epoch"):
+                    mixed.set_epoch(epoch)
+                for batch in loader:
+                    if meter.steps == left:
+                        break
+                    images, labels = _inputs(batch, preprocessing, device)
+                    images = augment(images, config)
+                    logits = logits_of(runner(images))
+                    loss = loss_of(logits, images, labels)
+                    value = loss.item()
+                    if not math.isfinite(value):
+                        raise DivergedError(
+                            f"the loss became {value} at step {meter.steps + 1} of {phase}; nothing was kept: "
+                            f"lower the learning rate (now {config.lr:g})"
+                        )
+                    optimizer.zero_grad()
+                    accelerator.backward(loss)
+                    if config.clip_value is not None:
+                        accelerator.clip_grad_value_(parameters, config.clip_value)
+                    optimizer.step()
+                    scheduler.step()
+                    correct = int((logits.detach().argmax(1) == labels).sum())
+                    meter.step(loss=value, samples=len(labels), correct=correct)
+                    meter.read(_real_labels(batch))
+            if checkpoint is not None and accelerator.is_main_process:
+                _save_checkpoint(checkpoint, model, optimizer, scheduler, config, seed, epoch + 1)
+    if meter.steps == 0 and left:
+        raise InputError("expected samples to train on, got none")
+    model.eval()
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    dataset: Dataset[Any],
+    *,
+    preprocessing: Preprocessing | None = None,
+    batch_size: int = PREDICT_BATCH,
+    journal: Journal | None = None,
+    phase: str = "predict",
+) -> Predictions:
+    """Return the logits of `model`, in eval mode, on every sample of `dataset`, in its order; changes nothing.
+
+    Raises:
+        InputError: the data set is empty.
+    """
+    device = device_of(model)
+    accelerator = Accelerator(device_placement=False, cpu=device.type == "cpu")
+    loader = accelerator.prepare(_loader(_Tagged(dataset), batch_size, shuffle=False))
+    logits: list[Tensor] = []
+    labels: list[Tensor] = []
+    with evaluating(model), (journal or Journal()).phase(phase, steps=len(loader)) as meter:
+        for batch in loader:
+            images, truth = _inputs(batch, preprocessing, device)
+            answer, truth = accelerator.gather_for_metrics((logits_of(model(images)), truth))
+            logits.append(answer.float().cpu())
+            labels.append(truth.cpu())
+            meter.step(samples=len(truth))
+            meter.read(_real_labels(batch))
+    if not logits:
+        raise InputError("expected samples to predict, got none")
+    return Predictions(torch.cat(logits), torch.cat(labels))
+
+
+# Models
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the first parameter (the CPU for a model without any)."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def logits_of(output: Any) -> Tensor:
+    """Return the (N, C) logits in a model's output: the tensor itself, or its `.logits` (transformers, GoogLeNet).
+
+    Raises:
+        InputError: there are none.
+    """
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        came = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(output).__name__
+        raise InputError(f"expected the model to return logits (images, classes), got {came}")
+    return logits
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put `model` into eval mode, and each of its modules back into its own mode afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw from a random state of `seed`, and put the caller's back afterwards."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def has_running_statistics(module: nn.Module) -> bool:
+    """Return whether a module keeps statistics of its inputs in train mode (BatchNorm and its kin)."""
+    return getattr(module, "running_mean", None) is not None
+
+
+@contextmanager
+def kept_statistics(model: nn.Module) -> Iterator[None]:
+    """Keep the running statistics of normalization layers as they are, whatever batches go through in train mode.
+
+    The layers still normalize by the statistics of the batch, which trains more stably than eval mode.
+    """
+    layers = [module for module in model.modules() if has_running_statistics(module)]
+    kept = [{name: buffer.clone() for name, buffer in layer.named_buffers(recurse=False)} for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, buffers in zip(layers, kept, strict=True):
+            for name, buffer in layer.named_buffers(recurse=False):
+                buffer.copy_(buffers[name])
+
+
+# Batches
+
+
+def augment(images: Tensor, config: TrainConfig) -> Tensor:
+    """Return images (N, channels, H, W) mirrored and shifted at random, as `config` says, from torch's random state."""
+    count, _, height, width = images.shape
+    if config.flip:
+        mirrored = torch.rand(count) < 0.5
+        images = torch.where(mirrored.to(images.device).view(-1, 1, 1, 1), images.flip(-1), images)
+    if config.crop:
+        offsets = torch.randint(0, 2 * config.crop + 1, (2, count, 1))
+        rows = (offsets[0] + torch.arange(height)).to(images.device)
+        columns = (offsets[1] + torch.arange(width)).to(images.device)
+        padded = F.pad(images, [config.crop] * 4, mode="reflect")
+        index = torch.arange(count, device=images.device).view(-1, 1, 1)
+        images = padded.permute(0, 2, 3, 1)[index, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
+    return images
+
+
+Piece = tuple[Tensor, Tensor]
+"""Images and labels of one origin: uint8 samples and float noise cannot share a tensor before normalization."""
+
+
+class _Tagged(Dataset[tuple[Any, Any, bool]]):
+    """A data set, or two after one another, whose samples say whether they are real."""
+
+    def __init__(self, real: Dataset[Any], synthetic: Dataset[Any] | None = None) -> None:
+        self.real = real
+        self.synthetic = synthetic
+
+    def __len__(self) -> int:
+        return _size(self.real) + (_size(self.synthetic) if self.synthetic is not None else 0)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any, bool]:
+        split = _size(self.real)
+        if index < split or self.synthetic is None:
+            return (*self.real[index], True)
+        return (*self.synthetic[index - split], False)
+
+
+class _TaggedStream(IterableDataset[tuple[Any, Any, bool]]):
+    """The same for an iterable data set: synthetic samples are spread evenly at random over its length."""
+
+    def __init__(self, real: Any, synthetic: Any | None, seed: int) -> None:
+        self.real = real
+        self.synthetic = synthetic
+        self.seed = seed
+        self.epoch = 0
+        self.num_workers = int(getattr(real, "num_workers", 0))
+
+    def __len__(self) -> int:
+        return len(self.real) + (len(self.synthetic) if self.synthetic is not None else 0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        if hasattr(self.real, "set_epoch"):
+            self.real.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[tuple[Any, Any, bool]]:
+        worker = torch.utils.data.get_worker_info()
+        part, parts = (worker.id, worker.num_workers) if worker else (0, 1)
+        rng = np.random.default_rng((self.seed, self.epoch, 1))
+        order = rng.permutation(len(self.synthetic) if self.synthetic is not None else 0)[part::parts]
+        waiting = [int(index) for index in order]
+        to_come = max(1, len(self.real) // parts)
+        for image, label in self.real:
+            while waiting and rng.random() < len(waiting) / (len(waiting) + max(1, to_come)):
+                yield (*cast(Any, self.synthetic)[waiting.pop()], False)
+            yield image, label, True
+            to_come -= 1
+        for index in waiting:
+            yield (*cast(Any, self.synthetic)[index], False)
+
+
+def _mix(real: Dataset[Any], synthetic: Dataset[Any] | None, seed: int) -> Any:
+    if isinstance(real, IterableDataset):
+        if not hasattr(real, "__len__"):
+            raise InputError("expected an iterable data set that knows its length: give it a __len__")
+        return _TaggedStream(real, synthetic, seed)
+    return _Tagged(real, synthetic)
+
+
+def _size(dataset: Dataset[Any]) -> int:
+    return len(cast(Any, dataset))
+
+
+def _loader(dataset: Any, batch_size: int, *, shuffle: bool) -> DataLoader[Any]:
+    streaming = isinstance(dataset, IterableDataset)
+    size = len(dataset)
+    if size == 0:
+        raise InputError("expected a data set with samples, got an empty one")
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        shuffle=shuffle and not streaming,
+        collate_fn=_collate,
+        num_workers=int(getattr(dataset, "num_workers", 0)),
+        # BatchNorm cannot train on one sample alone
+        drop_last=shuffle and size > batch_size and size % batch_size == 1,
+    )
+
+
+def _collate(samples: list[tuple[Any, Any, bool]]) -> tuple[Piece | None, Piece | None]:
+    """Return the real and the synthetic piece of a batch."""
+    real, synthetic = (
+        [(image, label) for image, label, tag in samples if bool(tag) is wanted] for wanted in (True, False)
+    )
+    return _piece(real), _piece(synthetic)
+
+
+def _piece(samples: list[tuple[Any, Any]]) -> Piece | None:
+    if not samples:
+        return None
+    images = [as_tensor(image) for image, _ in samples]
+    if len({image.shape for image in images}) > 1:
+        shapes = ", ".join(sorted({str(tuple(image.shape)) for image in images})[:3])
+        raise InputError(f"expected images of one shape, got {shapes}; resize them first")
+    return torch.stack(images), torch.tensor([int(label) for _, label in samples])
+
+
+def as_tensor(image: Any) -> Tensor:
+    if isinstance(image, Image.Image):
+        image = np.asarray(image)
+        image = torch.from_numpy(image.copy())
+        return image.unsqueeze(0) if image.ndim == 2 else image.permute(2, 0, 1)
+    if not isinstance(image, Tensor) or image.ndim != 3:
+        came = f"a tensor {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+        raise InputError(f"expected images as tensors (channels, height, width) or PIL images, got {came}")
+    return image
+
+
+def _inputs(
+    batch: tuple[Piece | None, Piece | None], preprocessing: Preprocessing | None, device: torch.device
+) -> Piece:
+    pieces = [piece for piece in batch if piece is not None]
+    images = [normalize(images.to(device, non_blocking=True), preprocessing) for images, _ in pieces]
+    inputs = torch.cat(images).contiguous(memory_format=torch.channels_last)
+    return inputs, torch.cat([labels for _, labels in pieces]).to(device)
+
+
+def _real_labels(batch: tuple[Piece | None, Piece | None]) -> Counter[int]:
+    return Counter(batch[0][1].tolist()) if batch[0] is not None else Counter()
+
+
+# Optimizer, schedule, checkpoint
+
+
+def _optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> Optimizer:
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters, config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=config.momentum > 0
+        )
+    maker = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return maker(parameters, config.lr, weight_decay=config.weight_decay)
+
+
+def _scheduler(optimizer: Optimizer, config: TrainConfig, steps: int) -> LRScheduler:
+    if config.schedule == "one_cycle":
+        return OneCycleLR(optimizer, config.lr, total_steps=steps + 1)
+    return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+
+def _epoch_seed(seed: int, epoch: int) -> int:
+    return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
+
+
+def _save_checkpoint(
+    path: Path, model: nn.Module, optimizer: Any, scheduler: Any, config: TrainConfig, seed: int, epoch: int
+) -> None:
+    beside = path.with_name(path.name + ".new")
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict(),
+        "config": repr(config),
+        "seed": seed,
+        "epoch": epoch,
+    }
+    torch.save(state, beside)
+    os.replace(beside, path)
+
+
+def _restore(
+    path: Path, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, config: TrainConfig, seed: int
+) -> int:
+    """Load the last finished epoch into the arguments; return how many epochs are done (0 without a checkpoint)."""
+    if not path.exists():
+        return 0
+    state = torch.load(path, map_location=device_of(model), weights_only=True)
+    same_model = {name: value.shape for name, value in state["model"].items()} == {
+        name: value.shape for name, value in model.state_dict().items()
+    }
+    if state["config"] != repr(config) or state["seed"] != seed or not same_model:
+        raise InputError(
+            f"{path} holds an unfinished training with other settings: repeat those to resume it, or delete it to start"
+        )
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])
+    return int(state["epoch"])

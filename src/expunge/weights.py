@@ -1,0 +1,173 @@
+"""Weights on disk: safetensors in and out; pickles only as data (`weights_only=True`); no code runs on load."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from expunge.files import write_atomically
+from expunge.errors import InputError, first_line
+from expunge.schema import Preprocessing
+
+METADATA_KEY = "expunge"  # one JSON text under this key of the safetensors header
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metadata:
+    """What weights say of themselves; fields are None or empty where the file does not say."""
+
+    model: str | None = None  # the model string
+    class_names: tuple[str, ...] = ()  # in the order of the logits
+    preprocessing: Preprocessing | None = None
+    never_seen: tuple[str, ...] = ()  # classes left out of training
+    forgotten: tuple[str, ...] = ()  # classes unlearned so far
+    made_by: str | None = None  # program and command
+    training: Mapping[str, Any] | None = None  # recipe, seed and accuracy of the training
+
+
+def save_weights(model: nn.Module, path: Path, metadata: Metadata) -> None:
+    """Write the state of `model` as safetensors, atomically; tied tensors are stored once.
+
+    Raises:
+        OSError: no permission, disk full.
+    """
+    write_atomically({path: weights_writer(model, metadata)})
+
+
+def weights_writer(model: nn.Module, metadata: Metadata) -> Callable[[Path], None]:
+    """Return a writer of the state of `model`, for `write_atomically`."""
+
+    def write(path: Path) -> None:
+        try:
+            save_file(_without_ties(model.state_dict()), path, metadata={METADATA_KEY: json.dumps(asdict(metadata))})
+        except SafetensorError as error:
+            raise OSError(f"cannot write {path.parent}: {first_line(error)}") from error
+
+    return write
+
+
+def load_weights(path: Path) -> tuple[dict[str, Tensor], Metadata]:
+    """Read a `.safetensors` file, a `.pt`/`.pth`/`.bin`/`.ckpt` state dict, or a hub folder that holds one.
+
+    Raises:
+        InputError: there is no such file, it is no weights file, or it would run code.
+    """
+    if path.is_dir():
+        found = [path / name for name in HUB_FILES if (path / name).is_file()]
+        if not found:
+            raise InputError(f"expected {' or '.join(HUB_FILES)} in {str(path)!r}, found neither")
+        path = found[0]
+    if not path.is_file():
+        raise InputError(f"no weights file at {str(path)!r}")
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path)
+    return _load_pickle(path), Metadata()
+
+
+def apply_weights(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
+    """Copy `state` into `model`.
+
+    Raises:
+        InputError: keys are missing or surplus, or shapes differ; the message names them.
+    """
+    own = model.state_dict()
+    tied: dict[int, list[str]] = {}
+    for key, value in own.items():
+        if value.numel():
+            tied.setdefault(value.data_ptr(), []).append(key)
+    given = set(state)
+    covered = given | {key for group in tied.values() if given & set(group) for key in group}
+    missing = sorted(set(own) - covered)
+    surplus = sorted(given - set(own))
+    if missing or surplus:
+        parts = [f"{kind} {_listed(keys)}" for kind, keys in (("missing", missing), ("surplus", surplus)) if keys]
+        raise InputError(f"the weights in {name} do not fit the model: {'; '.join(parts)}")
+    for key, value in state.items():
+        if value.shape != own[key].shape:
+            raise InputError(
+                f"the weights in {name} do not fit the model: {key} is {tuple(value.shape)}, "
+                f"the model expects {tuple(own[key].shape)}"
+            )
+    model.load_state_dict(dict(state), strict=False)
+
+
+def head_width(state: Mapping[str, Tensor]) -> int | None:
+    """Return the number of outputs of the last weight matrix (or 1 x 1 convolution) in a state dict, if it has one."""
+    widths = [v.shape[0] for v in state.values() if v.ndim == 2 or (v.ndim == 4 and v.shape[2:] == (1, 1))]
+    return widths[-1] if widths else None
+
+
+def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], Metadata]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not a safetensors file ({first_line(error)})") from error
+    return state, _parse_metadata(header.get(METADATA_KEY), path)
+
+
+def _parse_metadata(text: str | None, path: Path) -> Metadata:
+    if text is None:
+        return Metadata()
+    try:
+        content = json.loads(text)
+        stated = content.pop("preprocessing", None)
+        preprocessing = None
+        if stated is not None:
+            lists = {key: tuple(stated[key]) for key in ("size", "mean", "std")}
+            preprocessing = Preprocessing(**lists, source="metadata")
+        for key in ("class_names", "never_seen", "forgotten"):
+            content[key] = tuple(content.get(key, ()))
+        return Metadata(**content, preprocessing=preprocessing)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"cannot read the metadata of {path} ({first_line(error)})") from error
+
+
+def _load_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if zipfile.is_zipfile(path) or path.read_bytes()[:1] == b"\x80":
+            raise InputError(
+                f"{path} holds more than tensors and loading it could run code: save its state_dict() instead"
+            ) from error
+        raise InputError(f"{path} is not a weights file: expected safetensors or a torch state dict") from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+        raise InputError(f"{path} is not a weights file: expected safetensors or a torch state dict") from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    tensors = isinstance(content, dict) and content and all(isinstance(v, Tensor) for v in content.values())
+    if not tensors:
+        raise InputError(f"expected a state dict of tensors in {path}, found {type(content).__name__} of other things")
+    if all(key.startswith("module.") for key in content):
+        content = {key.removeprefix("module."): value for key, value in content.items()}
+    return dict(content)
+
+
+def _without_ties(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
+    kept: dict[str, Tensor] = {}
+    for key, value in state.items():
+        identity = (value.data_ptr(), value.shape, value.stride())
+        if value.numel() and identity in seen:
+            continue
+        seen.add(identity)
+        kept[key] = value.detach().cpu().contiguous().clone()
+    return kept
+
+
+def _listed(keys: list[str], most: int = 4) -> str:
+    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")

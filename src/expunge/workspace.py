@@ -1,0 +1,161 @@
+"""What every command needs first: a data source and a model that fit each other, opened from strings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from expunge.data import ImageTable, Source, measure_statistics, native_channels, native_size, open_source, relabel, with_test_split
+from expunge.errors import InputError
+from expunge.models import ModelSpec, build_model, check_model, parse_model, takes_channels, zoo_preprocessing
+from expunge.schema import Preprocessing
+from expunge.weights import Metadata, apply_weights, head_width, load_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """How to read the data: what a command line says of it. None: found, taken from the weights, or measured."""
+
+    spec: str
+    label_column: str | None = None
+    image_column: str | None = None
+    class_names: tuple[str, ...] | None = None  # all classes, in the order of the model's outputs
+    size: tuple[int, int] | None = None  # (height, width) in pixels
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    channels: int | None = None  # 1 or 3
+    skip_bad: bool = False
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A source and a model with its weights that were checked against each other."""
+
+    source: Source
+    test: ImageTable
+    spec: ModelSpec
+    model: nn.Module
+    preprocessing: Preprocessing
+    metadata: Metadata
+    notes: tuple[str, ...]  # sentences a person should read
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.source.class_names
+
+
+def open_workspace(
+    data: DataOptions, model: str | None, weights: Path | None, *, seed: int, device: str | None = None
+) -> Workspace:
+    """Open the data, build the model, load its weights, and check that they fit.
+
+    Args:
+        model: the model string; None: the one in the metadata of the weights.
+        weights: None for fresh weights, drawn from `seed`.
+        device: where the model goes; None: a GPU where there is one.
+
+    Raises:
+        InputError: something is missing or does not fit; the message says what.
+    """
+    state, metadata = load_weights(weights) if weights is not None else ({}, Metadata())
+    spec = parse_model(_model_text(model, metadata))
+    names = data.class_names or metadata.class_names or None
+    source = open_source(data.spec, label_column=data.label_column, image_column=data.image_column)
+    source, notes = align(source, names)
+    source, test = with_test_split(source)
+    channels = data.channels or (metadata.preprocessing.channels if metadata.preprocessing else takes_channels(spec))
+    if channels is None:
+        channels = native_channels(source.train)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = build_model(spec, num_classes=len(source.class_names), channels=channels)
+    if weights is not None:
+        try:
+            apply_weights(network, state, str(weights))
+        except InputError as error:
+            width = head_width(state)
+            if width is None or width == len(source.class_names):
+                raise
+            raise InputError(
+                f"the weights in {weights} have {width} outputs, the data has {len(source.class_names)} classes; "
+                "name all classes in the order of the outputs with --class-names"
+            ) from error
+    preprocessing = _preprocessing(data, metadata, spec, network, source.train, channels)
+    check_model(network, preprocessing, len(source.class_names))
+    return Workspace(source, test, spec, network.to(pick_device(device)), preprocessing, metadata, tuple(notes))
+
+
+def pick_device(device: str | None) -> torch.device:
+    """Return the device that was asked for, or the one Accelerate gives this process.
+
+    Raises:
+        InputError: this machine does not have it.
+    """
+    if device is None:
+        from accelerate import PartialState
+
+        return torch.device(PartialState().device)
+    try:
+        torch.zeros(1, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"cannot use device {device!r} here: expected cpu, or a device of this machine") from error
+
+
+def _model_text(model: str | None, metadata: Metadata) -> str:
+    text = model or metadata.model
+    if text is None:
+        raise InputError("the weights do not say which model they belong to: name it with --model")
+    return text
+
+
+def align(source: Source, names: Sequence[str] | None) -> tuple[Source, list[str]]:
+    """Return the source with its labels in the order of `names`, those of the model's outputs, and what to say of it."""
+    own = source.class_names
+    if names is None or tuple(names) == own:
+        return source, []
+    unnamed = own == tuple(str(label) for label in range(len(own)))
+    if unnamed and len(names) >= len(own):
+        return replace(source, class_names=tuple(names)), []
+    if len(set(names)) != len(names):
+        raise InputError("expected class names that differ from each other")
+    unknown = [name for name in own if name not in names]
+    if unknown:
+        raise InputError(
+            f"the data has classes that the model does not name: {', '.join(unknown[:4])}; "
+            f"it names {', '.join(list(names)[:8])}{', ...' if len(names) > 8 else ''}"
+        )
+    order = [list(names).index(name) for name in own]
+    test = relabel(source.test, order) if source.test is not None else None
+    aligned = replace(source, class_names=tuple(names), train=relabel(source.train, order), test=test)
+    if len(own) < len(names):
+        absent = [name for name in names if name not in own]
+        return aligned, [f"the data has no images of {', '.join(absent[:6])}{', ...' if len(absent) > 6 else ''}"]
+    return aligned, ["the data lists its classes in another order than the model: matched by name"]
+
+
+def _preprocessing(
+    data: DataOptions, metadata: Metadata, spec: ModelSpec, model: nn.Module, table: ImageTable, channels: int
+) -> Preprocessing:
+    """What the caller gave, else the metadata of the weights, else the zoo's, else measured: size and statistics apart."""
+    stated = metadata.preprocessing or zoo_preprocessing(spec, model)
+    if stated is not None and stated.channels != channels:
+        stated = None
+    size = data.size or (stated.size if stated else native_size(table))
+    if size is None:
+        raise InputError("the images differ in size: give the one the model expects with --size")
+    if (data.mean is None) != (data.std is None):
+        raise InputError("expected --mean and --std together, got one of them")
+    if data.mean is not None and data.std is not None:
+        if len(data.mean) != channels or len(data.std) != channels:
+            raise InputError(
+                f"expected {channels} values for --mean and --std, got {len(data.mean)} and {len(data.std)}"
+            )
+        return Preprocessing(size=size, mean=data.mean, std=data.std, source="given")
+    if stated is not None:
+        return replace(stated, size=size)
+    return measure_statistics(table, size, channels)

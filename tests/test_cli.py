@@ -1,0 +1,489 @@
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+from typer.testing import CliRunner, Result
+
+from expunge import cli, commands, data, weights
+from expunge.errors import InputError
+from expunge.methods import METHODS
+from expunge.schema import TrainConfig
+from expunge.weights import Metadata, load_weights
+from expunge.workspace import DataOptions
+
+FILE = """
+from torch import nn
+
+def build(num_classes, channels):
+    return nn.Sequential(
+        nn.Conv2d(channels, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.AvgPool2d(2),
+        nn.Flatten(), nn.Linear(256, num_classes),
+    )
+"""
+FAST = ["--set", "noise_per_class=8", "--set", "noise_steps=4", "--set", "noise_repeats=2"]
+CLASSES = tuple("0123456789")
+
+
+class Trained:
+    """A model of the digits, its retrained reference, and folders of images to go with them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.file = root / "net.py"
+        self.file.write_text(FILE)
+        self.model = f"{self.file}:build"
+        self.weights = root / "w.safetensors"
+        self.retrained = root / "r.safetensors"
+        config = TrainConfig(epochs=3, lr=0.01, optimizer="adamw", schedule="one_cycle", batch_size=64)
+        options = DataOptions(spec="digits")
+        commands.train_command(options, self.model, self.weights, config=config)
+        commands.train_command(options, self.model, self.retrained, config=config, leave_out=["3"])
+
+    def arguments(self, out: Path, *more: str, classes: str = "3", source: str = "digits") -> list[str]:
+        words = ["forget", "--weights", str(self.weights), "--data", source, "--classes", classes, "--out", str(out)]
+        return [*words, *FAST, *more]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return Trained(tmp_path_factory.mktemp("trained"))
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.app, list(arguments))
+
+
+def entry(
+    arguments: Sequence[str], env: dict[str, str] | None = None, before: Callable[[], None] | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "expunge.cli", *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | (env or {}),
+        preexec_fn=before,
+        check=False,
+    )
+
+
+def assert_refused(code: int, stderr: str, message: str, out: Path | None = None) -> None:
+    lines = stderr.splitlines()
+    assert code == 2, stderr
+    assert len(lines) == 1, stderr
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+    assert out is None or not out.is_dir() or not list(out.rglob("*"))
+
+
+def refuse(message: str, out: Path | None, *arguments: str) -> None:
+    result = invoke(*arguments)
+    assert not isinstance(result.exception, Exception), result.exception
+    assert_refused(result.exit_code, result.stderr, message, out)
+
+
+def record_of(out: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((out / "record.json").read_text())
+    return record
+
+
+def write_digits(folder: Path, labels: Sequence[int], each: int = 3) -> Path:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    for label in labels:
+        (folder / str(label)).mkdir(parents=True)
+        for row in np.flatnonzero(digits.target == label)[:each]:
+            Image.fromarray((digits.images[row] * 15).astype(np.uint8)).save(folder / str(label) / f"{row}.png")
+    return folder
+
+
+# What goes well
+
+
+def test_train(tmp_path: Path, trained: Trained) -> None:
+    out = tmp_path / "w.safetensors"
+    words = ["train", "--data", "digits", "--model", trained.model, "--epochs", "1", "--without", "3,zero"]
+    refuse("unknown class 'zero'", tmp_path, *words, "--out", str(out))
+    result = invoke(*words[:-1], "3,0", "--out", str(out))
+    assert result.exit_code == 0, result.stderr
+    assert "after 1 epochs" in result.stdout
+    assert list(tmp_path.iterdir()) == [out]
+    metadata = load_weights(out)[1]
+    assert (metadata.model, metadata.never_seen) == (trained.model, ("0", "3"))
+    assert metadata.training is not None
+    assert metadata.training["config"]["flip"] is False  # a mirrored digit is another
+
+
+def test_forget(tmp_path: Path, trained: Trained) -> None:
+    out = tmp_path / "out"
+    done = entry(trained.arguments(out, "--retrained", str(trained.retrained)))
+    assert done.returncode in (0, 1), done.stderr
+    assert "Forgotten at the output" in done.stdout
+    assert {path.name for path in out.iterdir()} >= {"unlearned.safetensors", "record.json"}
+    record = record_of(out)
+    assert record["classes"]["forget"] == ["3"]
+    assert record["samples_read"]["method"]["3"] == 0
+    assert min(count for name, count in record["samples_read"]["method"].items() if name != "3") > 0
+    assert record["metrics"]["before"]["forget_accuracy"] > 0.5
+    assert record["metrics"]["retrained"]["forget_accuracy"] == 0
+    assert done.returncode == int(False in (record["checks"]["forgotten"], record["checks"]["kept"]))
+    metadata = load_weights(out / "unlearned.safetensors")[1]
+    assert (metadata.forgotten, metadata.class_names) == (("3",), CLASSES)
+
+
+def test_quiet_prints_nothing_and_the_seed_decides(tmp_path: Path, trained: Trained) -> None:
+    for name in ("first", "second"):
+        result = invoke(*trained.arguments(tmp_path / name, "--quiet", "--seed", "4"))
+        assert result.exit_code in (0, 1)
+        assert (result.stdout, result.stderr) == ("", "")
+    first, second = (load_weights(tmp_path / name / "unlearned.safetensors")[0] for name in ("first", "second"))
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def test_forgetting_goes_on_from_what_was_forgotten(tmp_path: Path, trained: Trained) -> None:
+    assert invoke(*trained.arguments(tmp_path / "a")).exit_code in (0, 1)
+    unlearned = str(tmp_path / "a" / "unlearned.safetensors")
+    again = ["forget", "--weights", unlearned, "--data", "digits", "--classes", "5", *FAST]
+    assert invoke(*again, "--out", str(tmp_path / "b")).exit_code in (0, 1)
+    record = record_of(tmp_path / "b")
+    assert record["classes"]["forgotten_before"] == ["3"]
+    assert (record["samples_read"]["method"]["3"], record["samples_read"]["method"]["5"]) == (0, 0)
+    assert load_weights(tmp_path / "b" / "unlearned.safetensors")[1].forgotten == ("3", "5")
+
+
+def test_dropping_forgotten_images_is_counted(tmp_path: Path, trained: Trained) -> None:
+    retain = str(write_digits(tmp_path / "retain", range(10)))
+    out = tmp_path / "out"
+    refuse("has 3 images of a forgotten class (3)", out, *trained.arguments(out, "--retain", retain))
+    result = invoke(*trained.arguments(out, "--retain", retain, "--drop-forgotten"))
+    assert result.exit_code in (0, 1), result.stderr
+    record = record_of(out)
+    assert record["data"]["dropped_forgotten"] == 3
+    assert record["data"]["retain_samples"] == 27
+    assert record["samples_read"]["method"]["3"] == 0
+
+
+def test_a_class_without_retained_images_is_a_note(tmp_path: Path, trained: Trained) -> None:
+    retain = str(write_digits(tmp_path / "retain", [0, 1, 2, 4, 5, 6, 7, 8]))
+    result = invoke(*trained.arguments(tmp_path / "out", "--retain", retain))
+    assert result.exit_code in (0, 1), result.stderr
+    assert "no retained image of 9" in result.stdout
+    assert any("no retained image of 9" in note for note in record_of(tmp_path / "out")["notes"])
+
+
+def test_bad_images_are_named_or_skipped_and_counted(tmp_path: Path, trained: Trained) -> None:
+    retain = write_digits(tmp_path / "retain", [0, 1, 2])
+    (retain / "1" / "broken.png").write_bytes(b"hello")
+    out = tmp_path / "out"
+    refuse("broken.png", out, *trained.arguments(out, "--retain", str(retain)))
+    assert invoke(*trained.arguments(out, "--retain", str(retain), "--skip-bad")).exit_code in (0, 1)
+    assert record_of(out)["data"]["skipped_bad"] == 1
+    assert record_of(out)["data"]["retain_samples"] == 9
+
+
+def test_images_that_are_streamed(tmp_path: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert invoke(*trained.arguments(tmp_path / "staged")).exit_code in (0, 1)
+    monkeypatch.setattr(data, "STAGE_LIMIT_BYTES", 20_000)
+    streamed = invoke(*trained.arguments(tmp_path / "streamed"))
+    assert not isinstance(streamed.exception, Exception), streamed.exception
+    before = [record_of(tmp_path / name)["metrics"]["before"] for name in ("staged", "streamed")]
+    assert before[0] == before[1]
+
+
+def test_a_bad_image_in_a_stream_is_one_line(tmp_path: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "STAGE_LIMIT_BYTES", 100)
+    retain = write_digits(tmp_path / "retain", [0, 1, 2])
+    (retain / "1" / "broken.png").write_bytes(b"hello")
+    out = tmp_path / "out"
+    refuse("broken.png", out, *trained.arguments(out, "--retain", str(retain), "--quiet"))
+
+
+def test_parquet_with_two_label_columns(tmp_path: Path, trained: Trained) -> None:
+    buffer = io.BytesIO()
+    Image.new("L", (8, 8)).save(buffer, "PNG")
+    columns = {"image": [buffer.getvalue()] * 4, "a": [0, 1, 2, 3], "b": [0] * 4}
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.table(columns), tmp_path / "data" / "train.parquet")
+    out = tmp_path / "out"
+    refuse("--label-column", out, *trained.arguments(out, source=str(tmp_path / "data")))
+
+
+# Mistakes in what was given
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ("cat", "unknown class 'cat': expected one of 0, 1, 2"),
+        (",".join(CLASSES), "cannot forget all 10 classes"),
+        ("", "expected at least one class to forget"),
+        ("10", "class index 10 is out of range: expected 0 to 9"),
+        ("-1", "class index -1 is out of range"),
+    ],
+)
+def test_classes(tmp_path: Path, trained: Trained, classes: str, message: str) -> None:
+    refuse(message, tmp_path / "out", *trained.arguments(tmp_path / "out", classes=classes))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--size 0", "expected --size N or HxW in pixels, got '0'"),
+        ("--size 8x8x8", "expected --size"),
+        ("--size ²", "expected --size"),
+        ("--size 4", "the model does not take images of shape (1, 4, 4)"),
+        ("--mean 0.5,0.5 --std 1,1", "expected 1 values for --mean and --std, got 2 and 2"),
+        ("--mean 0.5", "--mean and --std together"),
+        ("--mean a --std 1", "expected --mean as numbers"),
+        ("--mean 0.5 --std 0", "positive stds"),
+        ("--mean nan --std 1", "finite means"),
+        ("--channels 2", "expected --channels 1 or 3"),
+        ("--channels 3", "the weights in"),
+        ("--retain-per-class 0", "at least one retained image a class, got 0"),
+        ("--retain-share 0", "retain share above 0"),
+        ("--retain-share 2", "retain share above 0"),
+        ("--retain-share 0.5 --retain-per-class 5", "got both"),
+        ("--retain /no/such/folder", "no data at '/no/such/folder'"),
+        ("--data /no/such/folder", "no data at '/no/such/folder'"),
+        ("--weights /no/such/file", "no weights file at '/no/such/file'"),
+        ("--retrained /no/such/file", "no weights file at '/no/such/file'"),
+        ("--method magic", "unknown method 'magic': expected"),
+        ("--preset magic", "unknown preset 'magic': expected one of default, paper, notebook"),
+        ("--set impair.lr", "expected name=value"),
+        ("--set impair.rate=1", "no setting 'rate'"),
+        ("--set impair.lr=fast", "expected a value of type float"),
+        ("--set impair.lr=-1", "expected a positive learning rate"),
+        ("--set impair.optimizer=magic", "expected optimizer adam, adamw or sgd"),
+        ("--set impair.weight_decay=-1", "weight_decay"),
+        ("--set impair.crop=20", "crop"),
+        ("--set noise_steps=0", "expected noise_steps of at least 1"),
+        ("--device magic", "cannot use device 'magic'"),
+        ("--model magic", "unknown model 'magic'"),
+        ("--model torchvision:magic", "cannot build model"),
+        ("--class-names a,b", "the data has classes that the model does not name"),
+    ],
+)
+def test_options(tmp_path: Path, trained: Trained, options: str, message: str) -> None:
+    refuse(message, tmp_path / "out", *trained.arguments(tmp_path / "out"), *options.split())
+
+
+def test_a_seed_beyond_64_bits(tmp_path: Path, trained: Trained) -> None:
+    assert invoke(*trained.arguments(tmp_path / "out", "--seed", "9" * 30)).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("raise RuntimeError('one\\ntwo')", "RuntimeError: one"),
+        ("def build(num_classes): raise RuntimeError('one\\ntwo')", "RuntimeError: one"),
+        ("def build(num_classes): raise SystemExit(0)", "SystemExit"),
+        ("def other(): pass", "has no function 'build'"),
+        ("build = lambda: 3", "got int"),
+    ],
+)
+def test_model_file_that_fails(tmp_path: Path, trained: Trained, code: str, message: str) -> None:
+    (tmp_path / "net.py").write_text(code)
+    more = ["--model", f"{tmp_path / 'net.py'}:build", "--channels", "1"]
+    refuse(message, tmp_path / "out", *trained.arguments(tmp_path / "out", *more))
+
+
+def test_empty_retain_sample(tmp_path: Path, trained: Trained) -> None:
+    retain = str(write_digits(tmp_path / "retain", [3]))
+    out = tmp_path / "out"
+    more = ["--retain", retain, "--drop-forgotten", "--class-names", ",".join(CLASSES)]
+    refuse("expected a retain sample", out, *trained.arguments(out, *more))
+    (tmp_path / "empty").mkdir()
+    refuse("found none", out, *trained.arguments(out, "--retain", str(tmp_path / "empty")))
+
+
+def test_nothing_is_left_to_retain(tmp_path: Path, trained: Trained) -> None:
+    state, metadata = load_weights(trained.weights)
+    path = tmp_path / "w.safetensors"
+    save_file(state, path, metadata=_header(metadata))
+    out = tmp_path / "out"
+    words = ["forget", "--weights", str(path), "--data", "digits", "--classes", "0,1,2,3,4,5", "--out", str(out)]
+    refuse("every class would be forgotten", out, *words)
+
+
+def _header(metadata: Metadata) -> dict[str, str]:
+    forgotten = {"model": metadata.model, "class_names": CLASSES, "forgotten": ["6", "7", "8", "9"]}
+    return {weights.METADATA_KEY: json.dumps(forgotten)}
+
+
+def test_retrained_reference_that_saw_the_class(tmp_path: Path, trained: Trained) -> None:
+    out = tmp_path / "out"
+    refuse("was trained with a class", out, *trained.arguments(out, "--retrained", str(trained.weights)))
+    refuse("was trained with a class", out, *trained.arguments(out, "--retrained", str(trained.retrained), classes="4"))
+
+
+class Bomb:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("w.safetensors", b"hello\n", "is not a safetensors file"),
+        ("w.pt", b"hello\n", "is not a weights file"),
+        ("w.safetensors", b"", "is not a safetensors file"),
+        ("w.pt", b"", "is not a weights file"),
+        ("w.pt", None, "could run code"),
+        ("w.pt", {"0.weight": torch.ones(2)}, "do not fit the model: missing 0.bias"),
+    ],
+)
+def test_weights_files(tmp_path: Path, trained: Trained, name: str, content: Any, message: str) -> None:
+    marker = tmp_path / "ran"
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    else:
+        torch.save(content or Bomb(marker), tmp_path / name)
+    more = ["--model", trained.model, "--weights", str(tmp_path / name)]
+    refuse(message, tmp_path / "out", *trained.arguments(tmp_path / "out", *more))
+    assert not marker.exists()
+
+
+def test_weights_of_other_classes_and_of_another_architecture(tmp_path: Path, trained: Trained) -> None:
+    from expunge.models import AllCNN
+
+    out = tmp_path / "out"
+    save_file(AllCNN(7, 1).state_dict(), tmp_path / "seven.safetensors")
+    more = ["--model", "allcnn", "--weights", str(tmp_path / "seven.safetensors")]
+    refuse("have 7 outputs, the data has 10 classes", out, *trained.arguments(out, *more))
+    save_file(AllCNN(10, 1, batch_norm=False).state_dict(), tmp_path / "plain.safetensors")
+    more = ["--model", "allcnn", "--weights", str(tmp_path / "plain.safetensors")]
+    refuse("missing features", out, *trained.arguments(out, *more))
+
+
+def test_diverged(tmp_path: Path, trained: Trained) -> None:
+    out = tmp_path / "out"
+    more = ["--set", "impair.lr=1e30", "--set", "impair.batch_size=64", "--quiet"]
+    refuse("nan at step 2 of impair; nothing was kept: lower the learning rate", out, *trained.arguments(out, *more))
+
+
+# Writing
+
+
+def test_out_below_a_file(tmp_path: Path, trained: Trained) -> None:
+    (tmp_path / "file").write_text("old")
+    refuse("cannot write", None, *trained.arguments(tmp_path / "file" / "out"))
+    refuse("cannot write", None, *trained.arguments(tmp_path / "file"))
+    words = ["train", "--data", "digits", "--model", trained.model, "--out"]
+    refuse("cannot write", None, *words, str(tmp_path / "file" / "w.safetensors"))
+    refuse("it is a folder", None, *words, str(tmp_path))
+    assert (tmp_path / "file").read_text() == "old"
+
+
+def test_full_disk(tmp_path: Path, trained: Trained) -> None:
+    out = tmp_path / "out"
+    done = entry(
+        trained.arguments(out, "--quiet"), before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+    )
+    assert_refused(done.returncode, done.stderr, "oo large", out)
+
+
+def test_full_disk_at_the_record_leaves_what_was_there(
+    tmp_path: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "unlearned.safetensors").write_text("old")
+
+    def fail(_: Any) -> Callable[[Path], None]:
+        def write(path: Path) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+        return write
+
+    monkeypatch.setattr(commands, "json_writer", fail)
+    refuse("No space left on device", None, *trained.arguments(out, "--quiet"))
+    assert [path.name for path in out.iterdir()] == ["unlearned.safetensors"]
+    assert (out / "unlearned.safetensors").read_text() == "old"
+
+
+def test_a_reference_is_never_resumed_from_a_training_that_saw_the_class(
+    tmp_path: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    out, options = tmp_path / "w.safetensors", DataOptions(spec="digits")
+    config = TrainConfig(epochs=1, batch_size=64)
+    with monkeypatch.context() as patch:
+        patch.setattr(commands, "predict", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            commands.train_command(options, trained.model, out, config=config)
+    with pytest.raises(InputError, match="unfinished training"):
+        commands.train_command(options, trained.model, out, config=config, leave_out=["3"])
+
+
+def test_interrupt_is_one_line(tmp_path: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any, **__: Any) -> nn.Module:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(METHODS, "unsir", interrupt)
+    result = invoke(*trained.arguments(tmp_path / "out", "--quiet"))
+    assert result.exit_code == 130
+    assert result.stderr == "interrupted: nothing was written\n"
+    assert not list((tmp_path / "out").iterdir())
+
+
+# The program itself
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["forget"]])
+def test_help(command: list[str]) -> None:
+    result = invoke(*command, "--help")
+    assert result.exit_code == 0
+    assert "Usage" in result.stdout
+
+
+def test_version() -> None:
+    from expunge import __version__
+
+    assert invoke("--version").stdout == f"expunge {__version__}\n"
+
+
+def test_the_program_starts_without_torch() -> None:
+    code = "import sys, expunge.cli; print(sorted({'torch', 'numpy', 'timm', 'datasets'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_a_mistake_through_the_entry_point(tmp_path: Path, trained: Trained) -> None:
+    done = entry(trained.arguments(tmp_path / "out", classes="cat"))
+    assert_refused(done.returncode, done.stderr, "unknown class 'cat'", tmp_path / "out")
+    assert done.stdout == ""
+
+
+def test_shell_completion() -> None:
+    program = Path(sys.executable).with_name("expunge")
+    done = subprocess.run(
+        [str(program)],
+        env=os.environ | {"_EXPUNGE_COMPLETE": "source_bash"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "complete -o default -F" in done.stdout
+    assert "expunge" in done.stdout

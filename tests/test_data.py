@@ -1,0 +1,508 @@
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from expunge import data
+from expunge.data import (
+    ImageTable,
+    StreamedImages,
+    TensorImages,
+    count_labels,
+    decode,
+    draw,
+    measure_statistics,
+    missing_classes,
+    native_channels,
+    native_size,
+    normalize,
+    open_source,
+    relabel,
+    resolve_classes,
+    stage,
+    stratified_split,
+    with_test_split,
+    without,
+)
+from expunge.errors import InputError
+from expunge.schema import Preprocessing
+
+CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
+ANIMALS = ("bird", "cat", "dog", "frog")
+GREY8 = Preprocessing(size=(8, 8), mean=(0.5,), std=(0.25,))
+RGB4 = Preprocessing(size=(4, 4), mean=(0.5, 0.4, 0.3), std=(0.25, 0.5, 0.2))
+
+
+def png(value: int, size: tuple[int, int] = (4, 4)) -> bytes:
+    """One colour, whose red channel tells which image it is."""
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (value, 255 - value, 7)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def table_of(labels: Sequence[int], *, random_access: bool = True) -> ImageTable:
+    return ImageTable(
+        labels=np.array(labels, dtype=np.int64),
+        read=lambda rows: (png(int(row)) for row in rows),
+        name=lambda row: f"image {row}",
+        random_access=random_access,
+    )
+
+
+def write_folders(root: Path, counts: dict[str, int]) -> Path:
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            (root / name / f"{number}.png").write_bytes(png(number))
+    return root
+
+
+def write_parquet(path: Path, columns: dict[str, list[Any]], schema: Any = None, group: int = 100) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns, schema=schema), path, row_group_size=group)
+
+
+def structs(values: Sequence[int]) -> list[dict[str, Any]]:
+    return [{"bytes": png(value), "path": None} for value in values]
+
+
+def reds(table: ImageTable) -> list[int]:
+    """Which images a table reads, by the red channel of the first pixel."""
+    staged = stage(table, RGB4).dataset
+    assert isinstance(staged, TensorImages)
+    return [int(red) for red in staged.images[:, 0, 0, 0]]
+
+
+# Sources
+
+
+def test_digits() -> None:
+    source = open_source("digits")
+    assert source.class_names == tuple("0123456789")
+    assert len(source.train) == 1797
+    assert source.test is None
+    assert not source.mirror_safe
+    assert native_size(source.train) == (8, 8)
+    assert native_channels(source.train) == 1
+
+
+def test_folders_with_train_and_test(tmp_path: Path) -> None:
+    write_folders(tmp_path / "train", {"cat": 3, "dog": 2})
+    write_folders(tmp_path / "test", {"dog": 1})
+    (tmp_path / "train" / "cat" / "notes.txt").write_text("no image")
+    source = open_source(str(tmp_path))
+    assert source.class_names == ("cat", "dog")
+    assert source.train.labels.tolist() == [0, 0, 0, 1, 1]
+    assert source.test is not None
+    assert source.test.labels.tolist() == [1]
+    assert with_test_split(source)[1] is source.test
+    assert reds(source.train) == [0, 1, 2, 0, 1]
+
+
+def test_folders_without_test_lose_a_fifth_of_each_class(tmp_path: Path) -> None:
+    write_folders(tmp_path, {"cat": 10, "dog": 5, "one": 1})
+    source, test = with_test_split(open_source(str(tmp_path)))
+    assert Counter(test.labels.tolist()) == {0: 2, 1: 1}
+    assert Counter(source.train.labels.tolist()) == {0: 8, 1: 4, 2: 1}
+    again = with_test_split(open_source(str(tmp_path)))[1]
+    assert again.rows.tolist() == test.rows.tolist()
+
+
+@pytest.mark.parametrize("counts", [{}, {"cat": 0, "dog": 0}])
+def test_folder_without_images_is_refused(tmp_path: Path, counts: dict[str, int]) -> None:
+    write_folders(tmp_path, counts)
+    with pytest.raises(InputError, match=r"expected (one sub-folder|images)"):
+        open_source(str(tmp_path))
+
+
+def test_source_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no data at"):
+        open_source(str(tmp_path / "nothing"))
+
+
+def test_parquet_of_the_hub(tmp_path: Path) -> None:
+    from datasets import ClassLabel, Features
+    from datasets import Image as ImageFeature
+
+    schema = Features({"img": ImageFeature(), "label": ClassLabel(names=list(ANIMALS))}).arrow_schema
+    write_parquet(tmp_path / "train-00000-of-00001.parquet", {"img": structs([10, 11, 12]), "label": [3, 0, 2]}, schema)
+    write_parquet(tmp_path / "test-00000-of-00001.parquet", {"img": structs([20]), "label": [1]}, schema)
+    source = open_source(str(tmp_path))
+    assert source.class_names == ANIMALS
+    assert source.train.labels.tolist() == [3, 0, 2]
+    assert source.test is not None
+    assert source.test.labels.tolist() == [1]
+    assert reds(source.train) == [10, 11, 12]
+    assert reds(source.test) == [20]
+
+
+def test_parquet_image_by_path(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png(77))
+    write_parquet(tmp_path / "train.parquet", {"image": [{"bytes": None, "path": "a.png"}], "label": [0]})
+    assert reds(open_source(str(tmp_path)).train) == [77]
+
+
+def test_parquet_plain_integer_labels(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train.parquet", {"image": [png(5), png(6)], "label": [2, 0]})
+    source = open_source(str(tmp_path))
+    assert source.class_names == ("0", "1", "2")
+    assert open_source(str(tmp_path), class_names=["a", "b", "c"]).class_names == ("a", "b", "c")
+    assert reds(source.train) == [5, 6]
+
+
+def test_parquet_text_labels(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train.parquet", {"image": [png(0)] * 3, "label": ["dog", "cat", "dog"]})
+    source = open_source(str(tmp_path))
+    assert source.class_names == ("cat", "dog")
+    assert source.train.labels.tolist() == [1, 0, 1]
+
+
+def test_parquet_two_label_columns(tmp_path: Path) -> None:
+    from datasets import ClassLabel, Features
+    from datasets import Image as ImageFeature
+
+    features = {"img": ImageFeature(), "fine_label": ClassLabel(names=["x", "y", "z"]), "coarse_label": ClassLabel(2)}
+    columns: dict[str, list[Any]] = {"img": structs([1, 2]), "fine_label": [2, 0], "coarse_label": [1, 0]}
+    write_parquet(tmp_path / "train.parquet", columns, Features(features).arrow_schema)
+    with pytest.raises(InputError, match=r"fine_label, coarse_label; choose one with --label-column"):
+        open_source(str(tmp_path))
+    assert open_source(str(tmp_path), label_column="fine_label").class_names == ("x", "y", "z")
+    assert open_source(str(tmp_path), label_column="coarse_label").train.labels.tolist() == [1, 0]
+    with pytest.raises(InputError, match=r"no column 'lable'.*--label-column"):
+        open_source(str(tmp_path), label_column="lable")
+    with pytest.raises(InputError, match=r"no column 'photo'.*--image-column"):
+        open_source(str(tmp_path), label_column="fine_label", image_column="photo")
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"image": [b""], "kind": [1]}, "found no label column.*--label-column"),
+        ({"photo": [b""], "label": [1]}, "found no image column.*--image-column"),
+        ({"image": [b""], "label": [0.5]}, "expected integer or text labels"),
+        ({"image": [b""], "label": [-1]}, "expected labels 0 to"),
+    ],
+)
+def test_parquet_with_odd_columns(tmp_path: Path, columns: dict[str, list[Any]], message: str) -> None:
+    write_parquet(tmp_path / "train.parquet", columns)
+    with pytest.raises(InputError, match=message):
+        open_source(str(tmp_path))
+
+
+def test_parquet_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "train.parquet").write_text("hello")
+    with pytest.raises(InputError, match="cannot read the parquet files"):
+        open_source(str(tmp_path))
+
+
+def test_parquet_reads_the_selected_rows_in_order(tmp_path: Path) -> None:
+    first, second = list(range(25)), list(range(25, 40))
+    write_parquet(tmp_path / "train-0.parquet", {"image": structs(first), "label": [v % 4 for v in first]}, group=4)
+    write_parquet(tmp_path / "train-1.parquet", {"image": structs(second), "label": [v % 4 for v in second]}, group=6)
+    table = open_source(str(tmp_path)).train
+    chosen = table.select(np.array([39, 0, 3, 4, 24, 25, 7]))
+    assert chosen.labels.tolist() == [0, 3, 0, 3, 0, 1, 3]
+    assert reds(chosen) == [0, 3, 4, 7, 24, 25, 39]
+    assert reds(chosen.select(np.array([1, 6]))) == [3, 39]
+    assert reds(without(table, [0, 1, 2])) == list(range(3, 40, 4))
+
+
+@pytest.mark.skipif(not CIFAR10.is_dir(), reason=f"no CIFAR-10 at {CIFAR10}")
+def test_cifar10() -> None:
+    source = open_source(str(CIFAR10))
+    assert len(source.class_names) == 10
+    assert source.class_names[:2] == ("airplane", "automobile")
+    assert source.test is not None
+    assert (len(source.train), len(source.test)) == (50_000, 10_000)
+    assert np.bincount(source.train.labels).tolist() == [5000] * 10
+    one = stage(source.train.select(np.array([49_999])), Preprocessing(size=(32, 32), mean=(0,) * 3, std=(1,) * 3))
+    assert isinstance(one.dataset, TensorImages)
+    assert one.dataset.images.shape == (1, 3, 32, 32)
+
+
+# Classes
+
+
+@pytest.mark.parametrize(
+    ("asked", "labels"),
+    [
+        (["cat"], (1,)),
+        (["dog,cat"], (1, 2)),
+        (["frog", "bird", "frog"], (0, 3)),
+        ([" dog , 0 "], (0, 2)),
+        (["3"], (3,)),
+        ([3, "cat"], (1, 3)),
+    ],
+)
+def test_resolve_classes(asked: list[str | int], labels: tuple[int, ...]) -> None:
+    assert resolve_classes(asked, ANIMALS) == labels
+
+
+def test_a_name_wins_over_an_index_and_over_commas() -> None:
+    names = ("1", "0", "salt, pepper")
+    assert resolve_classes(["1"], names) == (0,)
+    assert resolve_classes([1], names) == (1,)
+    assert resolve_classes(["salt, pepper"], names) == (2,)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (["horse"], "unknown class 'horse': expected one of bird, cat, dog, frog"),
+        (["4"], "class index 4 is out of range: expected 0 to 3"),
+        ([-1], "class index -1 is out of range"),
+        ([], "at least one class"),
+        ([""], "at least one class"),
+        ([" , "], "at least one class"),
+        (["bird,cat,dog,frog"], "cannot forget all 4 classes"),
+    ],
+)
+def test_resolve_classes_refuses(asked: list[str | int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        resolve_classes(asked, ANIMALS)
+
+
+@given(st.sets(st.integers(0, 3), min_size=1, max_size=3), st.data())
+def test_however_classes_are_written_they_are_the_same(labels: set[int], choices: st.DataObject) -> None:
+    words: list[str] = [choices.draw(st.sampled_from([str(label), ANIMALS[label]])) for label in labels]
+    words = choices.draw(st.permutations(words))
+    assert resolve_classes(words, ANIMALS) == tuple(sorted(labels))
+    assert resolve_classes([",".join(words)], ANIMALS) == tuple(sorted(labels))
+
+
+# Drawing
+
+
+def test_stratified_split() -> None:
+    table = table_of([0] * 10 + [1] * 20 + [2])
+    first, second = stratified_split(table, 0.2, seed=3)
+    assert Counter(second.labels.tolist()) == {0: 2, 1: 4}
+    assert sorted([*first.rows, *second.rows]) == list(range(31))
+    assert stratified_split(table, 0.2, seed=3)[1].rows.tolist() == second.rows.tolist()
+    assert stratified_split(table, 0.2, seed=4)[1].rows.tolist() != second.rows.tolist()
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.integers(1, 12), st.integers(0, 5))
+def test_draw_takes_as_many_of_each_class(labels: list[int], per_class: int, seed: int) -> None:
+    table = table_of(labels)
+    drawn = draw(table, per_class=per_class, seed=seed)
+    assert Counter(drawn.labels.tolist()) == {k: min(n, per_class) for k, n in Counter(labels).items()}
+    assert drawn.labels.tolist() == [labels[row] for row in drawn.rows]
+    assert sorted(set(drawn.rows.tolist())) == drawn.rows.tolist()
+    assert draw(table, per_class=per_class, seed=seed).rows.tolist() == drawn.rows.tolist()
+
+
+def test_draw_by_share_or_everything() -> None:
+    table = table_of([0] * 30 + [1] * 10)
+    drawn = draw(table, share=0.1, seed=0)
+    assert Counter(drawn.labels.tolist()) == {0: 3, 1: 1}
+    assert draw(table, share=0.1, seed=1).rows.tolist() != drawn.rows.tolist()
+    assert draw(table, seed=0) is table
+
+
+def test_without_and_relabel_keep_the_images() -> None:
+    table = table_of([0, 1, 2, 1, 0])
+    rest = without(table, [1])
+    assert rest.labels.tolist() == [0, 2, 0]
+    assert reds(rest) == [0, 2, 4]
+    renamed = relabel(rest, [5, 9, 6])
+    assert renamed.labels.tolist() == [5, 6, 5]
+    assert reds(renamed) == [0, 2, 4]
+    assert len(without(table, [0, 1, 2])) == 0
+
+
+# Decoding
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK", "1", "LA"])
+@pytest.mark.parametrize("preprocessing", [GREY8, RGB4])
+def test_stage_gives_uint8_of_the_right_shape(mode: str, preprocessing: Preprocessing) -> None:
+    table = ImageTable(
+        labels=np.array([1, 0]), read=lambda rows: (Image.new(mode, (13, 9)) for _ in rows), name=lambda row: str(row)
+    )
+    staged = stage(table, preprocessing)
+    assert isinstance(staged.dataset, TensorImages)
+    assert staged.dataset.images.dtype == torch.uint8
+    assert staged.dataset.images.shape == (2, preprocessing.channels, *preprocessing.size)
+    assert staged.dataset.labels.tolist() == [1, 0]
+    assert staged.skipped == 0
+
+
+def test_decode_resizes_the_shorter_side_and_crops_the_centre() -> None:
+    wide = np.zeros((4, 12, 3), dtype=np.uint8)
+    wide[:, 4:8] = 200
+    image = decode(Image.fromarray(wide), RGB4, "wide")
+    assert image is not None
+    assert image.shape == (3, 4, 4)
+    assert set(image.flatten().tolist()) == {200}
+
+
+def truncated(payload: bytes) -> bytes:
+    return payload[: len(payload) // 2]
+
+
+@pytest.mark.parametrize("payload", [b"", b"hello", truncated(png(3)), None, "/no/such/file.png"])
+def test_undecodable_image_is_named_or_skipped_and_counted(payload: Any) -> None:
+    payloads = [png(1), payload, png(3)]
+    table = ImageTable(
+        labels=np.array([0, 1, 2]), read=lambda rows: (payloads[row] for row in rows), name=lambda row: f"photo {row}"
+    )
+    with pytest.raises(InputError, match=r"cannot decode photo 1 .*--skip-bad"):
+        stage(table, RGB4)
+    staged = stage(table, RGB4, skip_bad=True)
+    assert staged.skipped == 1
+    assert isinstance(staged.dataset, TensorImages)
+    assert staged.dataset.labels.tolist() == [0, 2]
+    assert staged.dataset.images[:, 0, 0, 0].tolist() == [1, 3]
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of what it mends
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"])
+def test_damaged_images_raise_input_error_alone(kind: str) -> None:
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer, kind)
+    whole = np.frombuffer(buffer.getvalue(), dtype=np.uint8)
+    rng = np.random.default_rng(1)
+    for _ in range(60):
+        damaged = whole.copy()
+        where = rng.integers(0, min(len(damaged), 200), 4)
+        damaged[where] = rng.integers(0, 255, 4)
+        cut = int(rng.integers(1, len(damaged) + 1))
+        decode(damaged.tobytes()[:cut], Preprocessing(size=(8, 8), mean=(0.5,), std=(1.0,)), kind, skip_bad=True)
+
+
+def test_measure_statistics() -> None:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (50, 6, 6, 3), dtype=np.uint8)
+    pixels[..., 1] //= 3
+    table = ImageTable(
+        labels=np.zeros(50, dtype=np.int64), read=lambda rows: (pixels[row] for row in rows), name=lambda row: str(row)
+    )
+    measured = measure_statistics(table, (6, 6), 3)
+    assert measured.source == "measured"
+    np.testing.assert_allclose(measured.mean, (pixels / 255).mean((0, 1, 2)), atol=1e-4)
+    np.testing.assert_allclose(measured.std, (pixels / 255).std((0, 1, 2)), atol=1e-4)
+
+
+def test_measure_statistics_of_one_colour_has_a_positive_std() -> None:
+    assert min(measure_statistics(table_of([0]), (4, 4), 3).std) > 0
+
+
+def test_normalize() -> None:
+    images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1)
+    expected = [(0 - 0.5) / 0.25, (0.2 - 0.4) / 0.5, (1 - 0.3) / 0.2]
+    assert normalize(images, RGB4).flatten().tolist() == pytest.approx(expected)
+    assert images.flatten().tolist() == [0, 51, 255]
+    ready = torch.randn(2, 3, 4, 4)
+    assert normalize(ready, RGB4) is ready
+    with pytest.raises(InputError, match="preprocessing"):
+        normalize(images, None)
+    with pytest.raises(InputError, match="expected images of 1 channels, got 3"):
+        normalize(images, GREY8)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mean": (0.5, 0.5), "std": (1.0, 1.0)}, "one or three channels"),
+        ({"std": (1.0,)}, "one or three channels"),
+        ({"std": (1.0, 0.0, 1.0)}, "positive stds"),
+        ({"mean": (0.5, float("nan"), 0.5)}, "finite means"),
+        ({"size": (0, 8)}, "at least 1 pixel"),
+    ],
+)
+def test_preprocessing_refuses(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Preprocessing(**{"size": (8, 8), "mean": (0.5,) * 3, "std": (1.0,) * 3} | fields)
+
+
+# Streams
+
+
+@pytest.mark.parametrize("random_access", [True, False])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stream_gives_each_sample_once_an_epoch(
+    random_access: bool, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "STAGE_LIMIT_BYTES", 100)
+    monkeypatch.setattr(data, "SHUFFLE_BUFFER", 8)
+    labels = [row % 3 for row in range(41)]
+    staged = stage(table_of(labels, random_access=random_access), RGB4, seed=5)
+    stream = staged.dataset
+    assert isinstance(stream, StreamedImages)
+    assert len(stream) == 41
+    loader: DataLoader[Any] = DataLoader(stream, batch_size=None, num_workers=workers)
+
+    def epoch(number: int) -> list[int]:
+        stream.set_epoch(number)
+        samples = [(int(image[0, 0, 0]), int(label)) for image, label in loader]
+        assert sorted(samples) == list(enumerate(labels))
+        return [red for red, _ in samples]
+
+    first, second = epoch(0), epoch(1)
+    assert first != second
+    assert first != list(range(41))
+    assert epoch(0) == first
+
+
+def test_stream_unshuffled_keeps_the_order() -> None:
+    stream = StreamedImages(table_of([0] * 9), RGB4, shuffle=False, skip_bad=False)
+    assert [int(image[0, 0, 0]) for image, _ in stream] == list(range(9))
+
+
+def test_stream_skips_or_names_a_bad_image() -> None:
+    payloads = [png(1), b"hello", png(3)]
+    table = ImageTable(
+        labels=np.array([0, 1, 2]), read=lambda rows: (payloads[row] for row in rows), name=lambda row: f"photo {row}"
+    )
+    assert [label for _, label in StreamedImages(table, RGB4, shuffle=False, skip_bad=True)] == [0, 2]
+    with pytest.raises(InputError, match="cannot decode photo 1"):
+        list(StreamedImages(table, RGB4, skip_bad=False))
+
+
+# Counting
+
+
+class Unlisted(Dataset[tuple[Tensor, int]]):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if index >= len(self):
+            raise IndexError(index)
+        return torch.zeros(1, 2, 2), (2, 0, 2, 2)[index]
+
+
+def test_count_labels() -> None:
+    images = TensorImages(torch.zeros(3, 1, 2, 2), torch.tensor([4, 1, 4]))
+    assert count_labels(images) == {1: 1, 4: 2}
+    assert count_labels(Unlisted()) == {0: 1, 2: 3}
+    assert missing_classes({0: 1, 2: 3, 3: 0}, range(4), ANIMALS) == ["cat", "frog"]
+
+
+def test_count_labels_of_a_stream_decodes_nothing() -> None:
+    def read(rows: Any) -> Any:
+        raise AssertionError(f"decoded {rows}")
+
+    table = ImageTable(labels=np.array([1, 1, 0]), read=read, name=str)
+    assert count_labels(StreamedImages(table, RGB4, skip_bad=False)) == {0: 1, 1: 2}
+
+
+def test_images_and_labels_must_be_as_many() -> None:
+    with pytest.raises(InputError, match="got 3 images and 2 labels"):
+        TensorImages(torch.zeros(3, 1, 2, 2), torch.tensor([0, 1]))

@@ -1,0 +1,405 @@
+from __future__ import annotations
+
+import copy
+import random
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
+
+from expunge.data import ImageTable, StreamedImages, TensorImages
+from expunge.errors import DivergedError, InputError
+from expunge.journal import Journal
+from expunge.schema import Preprocessing, TrainConfig
+from expunge.train import augment, evaluating, logits_of, predict, train
+
+GREY = Preprocessing(size=(4, 4), mean=(0.5,), std=(0.25,))
+CONFIG = TrainConfig(epochs=3, lr=0.01, batch_size=16, schedule="one_cycle", flip=True, crop=1)
+
+
+def network() -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(1, 6, 3, padding=1),
+            nn.BatchNorm2d(6),
+            nn.ReLU(),
+            nn.Dropout(0.2),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(24, 3),
+        )
+
+
+def images(count: int = 50) -> TensorImages:
+    """Three classes, told apart by brightness."""
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.arange(count) % 3
+    noise = torch.randint(0, 60, (count, 1, 4, 4), generator=generator)
+    return TensorImages((noise + 90 * labels.view(-1, 1, 1, 1)).to(torch.uint8), labels)
+
+
+def numbered(count: int) -> ImageTable:
+    """Images whose every pixel is their number."""
+    return ImageTable(
+        labels=np.arange(count) % 3,
+        read=lambda rows: (Image.new("L", (4, 4), int(row)) for row in rows),
+        name=lambda row: f"image {row}",
+    )
+
+
+class Stream(IterableDataset[tuple[Tensor, Tensor]]):
+    def __init__(self, source: TensorImages) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return (self.source[index] for index in range(len(self.source)))
+
+
+class Watch:
+    """The usual loss, which keeps what it saw, and can fail at a step."""
+
+    def __init__(self, error: BaseException | None = None, step: int = 0) -> None:
+        self.error = error
+        self.step = step
+        self.labels: list[int] = []
+        self.pixels: list[float] = []
+        self.steps = 0
+
+    def __call__(self, logits: Tensor, inputs: Tensor, labels: Tensor) -> Tensor:
+        self.steps += 1
+        self.labels += labels.tolist()
+        self.pixels += inputs[:, 0, 0, 0].tolist()
+        if self.error is not None and self.steps == self.step:
+            raise self.error
+        return F.cross_entropy(logits, labels)
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+
+
+def trained(dataset: Dataset[Any] | None = None, config: TrainConfig = CONFIG, **arguments: Any) -> nn.Sequential:
+    model = network()
+    given: dict[str, Any] = {"seed": 7, "preprocessing": GREY} | arguments
+    train(model, dataset if dataset is not None else images(), config, **given)
+    return model
+
+
+def test_training_learns() -> None:
+    data, journal = images(), Journal()
+    model = trained(data, replace(CONFIG, epochs=8, crop=0), journal=journal)
+    assert not any(module.training for module in model.modules())
+    before, after = (predict(m, data, preprocessing=GREY) for m in (network(), model))
+    loss_before, loss_after = (F.cross_entropy(p.logits, p.labels).item() for p in (before, after))
+    assert loss_after < 0.5 * loss_before
+    phase = journal.phases[0]
+    assert (phase.name, phase.steps, phase.samples) == ("train", 8 * 4, 8 * 50)
+    assert phase.label_counts == {0: 8 * 17, 1: 8 * 17, 2: 8 * 16}
+    assert phase.final_loss is not None
+    assert phase.final_loss < loss_before
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+def test_same_seed_same_weights(optimizer: Any) -> None:
+    config = replace(CONFIG, epochs=1, optimizer=optimizer)
+    first = trained(config=config).state_dict()
+    torch.manual_seed(99)
+    assert_same(trained(config=config).state_dict(), first)
+    other = trained(config=config, seed=8).state_dict()
+    assert not torch.equal(other["0.weight"], first["0.weight"])
+
+
+@pytest.mark.parametrize("work", ["train", "predict"])
+def test_random_states_of_the_caller_are_left_alone(work: str) -> None:
+    torch.manual_seed(5)
+    np.random.seed(5)
+    random.seed(5)
+    before = torch.get_rng_state(), str(np.random.get_state()), random.getstate()
+    if work == "train":
+        trained(config=replace(CONFIG, epochs=1), synthetic=images(9))
+    else:
+        predict(network(), images(), preprocessing=GREY)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert str(np.random.get_state()) == before[1]
+    assert random.getstate() == before[2]
+
+
+@pytest.mark.parametrize("kind", ["tensor", "stream"])
+@pytest.mark.parametrize("step", [2, 6])  # in the first epoch, in the second
+def test_interrupted_training_goes_on_to_the_same_weights(tmp_path: Path, kind: str, step: int) -> None:
+    def data() -> Dataset[Any]:
+        if kind == "tensor":
+            return images()
+        stream = StreamedImages(numbered(50), GREY, skip_bad=False)
+        stream.num_workers = 0
+        return stream
+
+    whole = trained(data())
+    checkpoint = tmp_path / "run.resume"
+    model = network()
+    watch = Watch(KeyboardInterrupt(), step)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, data(), CONFIG, seed=7, preprocessing=GREY, objective=watch, checkpoint=checkpoint)
+    assert checkpoint.exists() == (step > 4)
+    journal = Journal()
+    resumed = trained(data(), checkpoint=checkpoint, journal=journal)
+    assert_same(resumed.state_dict(), whole.state_dict())
+    assert journal.phases[0].steps == (8 if step > 4 else 12)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.resume"]
+
+
+def test_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.resume"
+    trained(config=replace(CONFIG, epochs=1), checkpoint=path)
+    for config, seed in ((replace(CONFIG, epochs=2), 7), (replace(CONFIG, epochs=1), 8)):
+        with pytest.raises(InputError, match=r"run\.resume holds an unfinished training with other settings"):
+            trained(config=config, seed=seed, checkpoint=path)
+    with pytest.raises(InputError, match="other settings"):
+        train(nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), images(), replace(CONFIG, epochs=1), seed=7,
+              preprocessing=GREY, checkpoint=path)  # fmt: skip
+
+
+def test_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.resume"
+    path.write_bytes(b"half of a file")
+    with pytest.raises(InputError, match=r"run\.resume"):
+        trained(checkpoint=path)
+
+
+def test_loss_that_is_not_finite() -> None:
+    journal = Journal()
+    with pytest.raises(DivergedError, match=r"nan at step 2 of repair; .*lower the learning rate \(now 1e\+30\)"):
+        trained(config=replace(CONFIG, lr=1e30, schedule="constant"), phase="repair", journal=journal)
+    assert journal.phases == []
+    with pytest.raises(DivergedError, match="became inf at step 1"):
+        trained(objective=lambda logits, *_: logits.sum() * 0 + torch.inf)
+
+
+def test_frozen_parameters_stay() -> None:
+    model = network()
+    model[0].requires_grad_(False)
+    before = state_of(model)
+    train(model, images(), replace(CONFIG, weight_decay=0.1), seed=7, preprocessing=GREY)
+    after = model.state_dict()
+    assert torch.equal(after["0.weight"], before["0.weight"])
+    assert not torch.equal(after["6.weight"], before["6.weight"])
+    assert [parameter.requires_grad for parameter in model.parameters()] == [False] * 2 + [True] * 4
+    with pytest.raises(InputError, match="requires_grad=False"):
+        train(model.requires_grad_(False), images(), CONFIG, seed=7, preprocessing=GREY)
+
+
+@pytest.mark.parametrize("update", [True, False])
+def test_norm_statistics(update: bool) -> None:
+    after = trained(config=replace(CONFIG, update_norm_statistics=update)).state_dict()
+    before = network().state_dict()
+    for key in ("1.running_mean", "1.running_var", "1.num_batches_tracked"):
+        assert torch.equal(after[key], before[key]) != update
+    assert not torch.equal(after["1.weight"], before["1.weight"])
+
+
+def test_gradients_are_clipped() -> None:
+    config = TrainConfig(optimizer="sgd", momentum=0.0, lr=1.0, batch_size=64, clip_value=1e-3)
+    before, after = network().state_dict(), trained(config=config).state_dict()
+    moved = max((after[key] - before[key]).abs().max().item() for key in ("0.weight", "6.weight", "6.bias"))
+    assert moved == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_synthetic_samples_are_shown_once_an_epoch_and_not_counted(streaming: bool) -> None:
+    noise = TensorImages(torch.arange(20.0).view(-1, 1, 1, 1).expand(-1, 1, 4, 4) + 100, torch.full((20,), 2))
+    watch, journal = Watch(), Journal()
+    real = images(30)
+    data: Dataset[Any] = Stream(real) if streaming else real
+    config = TrainConfig(epochs=2, batch_size=16)
+    trained(data, config, synthetic=noise, objective=watch, journal=journal)
+    for epoch in (0, 1):
+        seen = [pixel - 100 for pixel in watch.pixels[50 * epoch : 50 * (epoch + 1)] if pixel >= 100]
+        assert sorted(seen) == list(range(20))
+        assert seen != list(range(20))
+    first_batch = [pixel >= 100 for pixel in watch.pixels[:16]]
+    assert 0 < sum(first_batch) < 16  # shuffled in, not appended
+    assert Counter(watch.labels) == {0: 20, 1: 20, 2: 60}
+    assert journal.phases[0].label_counts == {0: 20, 1: 20, 2: 20}
+    assert journal.phases[0].samples == 100
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streamed_images_are_each_shown_once_an_epoch(workers: int) -> None:
+    stream = StreamedImages(numbered(48), GREY, skip_bad=False)
+    stream.num_workers = workers
+    watch, journal = Watch(), Journal()
+    trained(stream, TrainConfig(epochs=2, batch_size=16, schedule="one_cycle"), objective=watch, journal=journal)
+    numbers = [round((pixel * 0.25 + 0.5) * 255) for pixel in watch.pixels]
+    assert sorted(numbers[:48]) == sorted(numbers[48:]) == list(range(48))
+    assert numbers[:48] != numbers[48:]
+    assert journal.phases[0].steps == 6
+
+
+def test_no_sample_of_a_stream_is_dropped_with_workers() -> None:
+    stream = StreamedImages(numbered(97), GREY, skip_bad=False)  # a remainder of one would be dropped: one, not more
+    stream.num_workers = 2
+    watch = Watch()
+    trained(stream, TrainConfig(batch_size=32), objective=watch)
+    assert len(watch.labels) >= 96
+
+
+def test_no_batch_of_a_stream_with_workers_is_one_sample_alone() -> None:
+    stream = StreamedImages(numbered(34), GREY, skip_bad=False)
+    stream.num_workers = 2
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    train(model, stream, TrainConfig(batch_size=16), seed=0, preprocessing=GREY)
+
+
+def test_iterable_data_set() -> None:
+    data = Stream(images())
+    model = trained(data, replace(CONFIG, epochs=8, crop=0))
+    answers = predict(model, images(), preprocessing=GREY)
+    assert (answers.logits.argmax(1) == answers.labels).float().mean() > 0.6
+
+
+class Endless(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (TensorImages(torch.zeros(0, 1, 4, 4), torch.zeros(0)), "expected a data set with samples"),
+        (Endless(), "knows its length"),
+        (TensorDataset(torch.zeros(4, 4, 4), torch.zeros(4)), r"expected images as tensors .*got a tensor \(4, 4\)"),
+        (TensorDataset(torch.zeros(4, 1, 4, 4, dtype=torch.uint8), torch.zeros(4)), "preprocessing"),
+    ],
+)
+def test_data_that_cannot_be_used(data: Dataset[Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        trained(data, preprocessing=None)
+
+
+def test_images_of_two_shapes() -> None:
+    samples = [(torch.zeros(1, 4, 4), 0), (torch.zeros(1, 5, 4), 1)]
+    with pytest.raises(InputError, match=r"one shape, got \(1, 4, 4\), \(1, 5, 4\)"):
+        predict(network(), samples)  # type: ignore[arg-type]
+
+
+# Predicting
+
+
+def test_predict_keeps_the_order_and_changes_nothing() -> None:
+    model = network().train()
+    model[1].eval()
+    before = state_of(model)
+    modes = [module.training for module in model.modules()]
+    data = images()
+    answers = predict(model, data, preprocessing=GREY, batch_size=7)
+    assert answers.labels.tolist() == data.labels.tolist()
+    expected = copy.deepcopy(model).eval()((data.images / 255 - 0.5) / 0.25)
+    torch.testing.assert_close(answers.logits, expected.detach(), atol=1e-5, rtol=1e-4)
+    assert not answers.logits.requires_grad
+    assert_same(model.state_dict(), before)
+    assert [module.training for module in model.modules()] == modes
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_predict_on_a_stream_keeps_its_order(workers: int) -> None:
+    table = numbered(50)
+    stream = StreamedImages(table, GREY, shuffle=False, skip_bad=False)
+    stream.num_workers = workers
+    journal = Journal()
+    answers = predict(network(), stream, preprocessing=GREY, batch_size=16, journal=journal)
+    pixels = torch.arange(50.0).view(-1, 1, 1, 1).expand(-1, 1, 4, 4)
+    expected = network().eval()((pixels / 255 - 0.5) / 0.25).detach()
+    assert answers.labels.tolist() == table.labels.tolist()
+    torch.testing.assert_close(answers.logits, expected, atol=1e-5, rtol=1e-4)
+    assert journal.phases[0].samples == 50
+
+
+def test_predict_takes_subsets_pictures_and_numbers() -> None:
+    data = images(6)
+    pictures = [(Image.fromarray(image[0].numpy()), int(label)) for image, label in data]  # type: ignore[attr-defined]
+    chosen: Subset[Any] = Subset(data, [4, 1])
+    everything = predict(network(), pictures, preprocessing=GREY)  # type: ignore[arg-type]
+    torch.testing.assert_close(predict(network(), chosen, preprocessing=GREY).logits, everything.logits[[4, 1]])
+
+
+def test_predict_refuses_an_empty_data_set() -> None:
+    with pytest.raises(InputError, match="expected a data set with samples"):
+        predict(network(), TensorImages(torch.zeros(0, 1, 4, 4), torch.zeros(0)))
+
+
+def test_evaluating_restores_each_mode_also_after_an_error() -> None:
+    model = network().train()
+    model[1].eval()
+    modes = [module.training for module in model.modules()]
+
+    def fail() -> None:
+        with evaluating(model):
+            assert not any(module.training for module in model.modules())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_logits_of() -> None:
+    class Output:
+        logits = torch.ones(2, 3)
+
+    assert logits_of(Output()) is Output.logits
+    for wrong in (torch.ones(2), (torch.ones(2, 3),), None):
+        with pytest.raises(InputError, match="expected the model to return logits"):
+            logits_of(wrong)
+
+
+# Augmentation
+
+
+@pytest.mark.parametrize("shape", [(5, 1, 6, 6), (5, 3, 8, 6)])
+def test_augment(shape: tuple[int, int, int, int]) -> None:
+    config = TrainConfig(flip=True, crop=2)
+    batch = torch.rand(shape)
+    torch.manual_seed(3)
+    first = augment(batch, config)
+    assert first.shape == batch.shape
+    assert not torch.equal(first, batch)
+    torch.manual_seed(3)
+    assert torch.equal(augment(batch, config), first)
+    assert torch.equal(augment(batch, TrainConfig()), batch)
+
+
+def test_augment_gives_mirrors_and_shifts() -> None:
+    batch = torch.rand(40, 2, 5, 7)
+    mirrored = [
+        torch.equal(after, before.flip(-1))
+        for before, after in zip(batch, augment(batch, TrainConfig(flip=True)), strict=True)
+    ]
+    assert 5 < sum(mirrored) < 35
+    padded = F.pad(batch, [1] * 4, mode="reflect")
+    windows = {(top, left): padded[:, :, top : top + 5, left : left + 7] for top in range(3) for left in range(3)}
+    shifted = augment(batch, TrainConfig(crop=1))
+    found = [
+        [place for place, window in windows.items() if torch.equal(window[index], shifted[index])]
+        for index in range(40)
+    ]
+    assert all(found)
+    assert len({places[0] for places in found}) >= 6
