@@ -37,7 +37,8 @@ def build(num_classes, channels):
         nn.Flatten(), nn.Linear(256, num_classes),
     )
 """
-FAST = ["--set", "noise_per_class=8", "--set", "noise_steps=4", "--set", "noise_repeats=2"]
+SETTINGS = ("noise_per_class=8", "noise_steps=4", "impair.steps=4", "repair.steps=8")
+FAST = [word for setting in SETTINGS for word in ("--set", setting)]
 CLASSES = tuple("0123456789")
 
 
@@ -272,7 +273,7 @@ def test_classes(tmp_path: Path, trained: Trained, classes: str, message: str) -
         ("--set impair.lr=-1", "expected a positive learning rate"),
         ("--set impair.optimizer=magic", "expected optimizer adam, adamw or sgd"),
         ("--set impair.weight_decay=-1", "weight_decay"),
-        ("--set impair.crop=20", "crop"),
+        ("--set impair.crop=8", "expected a crop below the image size"),
         ("--set noise_steps=0", "expected noise_steps of at least 1"),
         ("--device magic", "cannot use device 'magic'"),
         ("--model magic", "unknown model 'magic'"),

@@ -149,9 +149,7 @@ def test_interrupted_training_goes_on_to_the_same_weights(tmp_path: Path, kind: 
     def data() -> Dataset[Any]:
         if kind == "tensor":
             return images()
-        stream = StreamedImages(numbered(50), GREY, skip_bad=False)
-        stream.num_workers = 0
-        return stream
+        return StreamedImages(numbered(50), GREY, skip_bad=False)
 
     whole = trained(data())
     checkpoint = tmp_path / "run.resume"
@@ -242,10 +240,8 @@ def test_synthetic_samples_are_shown_once_an_epoch_and_not_counted(streaming: bo
     assert journal.phases[0].samples == 100
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_streamed_images_are_each_shown_once_an_epoch(workers: int) -> None:
+def test_streamed_images_are_each_shown_once_an_epoch() -> None:
     stream = StreamedImages(numbered(48), GREY, skip_bad=False)
-    stream.num_workers = workers
     watch, journal = Watch(), Journal()
     trained(stream, TrainConfig(epochs=2, batch_size=16, schedule="one_cycle"), objective=watch, journal=journal)
     numbers = [round((pixel * 0.25 + 0.5) * 255) for pixel in watch.pixels]
@@ -254,17 +250,15 @@ def test_streamed_images_are_each_shown_once_an_epoch(workers: int) -> None:
     assert journal.phases[0].steps == 6
 
 
-def test_no_sample_of_a_stream_is_dropped_with_workers() -> None:
+def test_no_sample_of_a_stream_is_dropped() -> None:
     stream = StreamedImages(numbered(97), GREY, skip_bad=False)  # a remainder of one would be dropped: one, not more
-    stream.num_workers = 2
     watch = Watch()
     trained(stream, TrainConfig(batch_size=32), objective=watch)
     assert len(watch.labels) >= 96
 
 
-def test_no_batch_of_a_stream_with_workers_is_one_sample_alone() -> None:
+def test_no_batch_of_a_stream_is_one_sample_alone() -> None:
     stream = StreamedImages(numbered(34), GREY, skip_bad=False)
-    stream.num_workers = 2
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
     train(model, stream, TrainConfig(batch_size=16), seed=0, preprocessing=GREY)
 
@@ -319,11 +313,9 @@ def test_predict_keeps_the_order_and_changes_nothing() -> None:
     assert [module.training for module in model.modules()] == modes
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_predict_on_a_stream_keeps_its_order(workers: int) -> None:
+def test_predict_on_a_stream_keeps_its_order() -> None:
     table = numbered(50)
     stream = StreamedImages(table, GREY, shuffle=False, skip_bad=False)
-    stream.num_workers = workers
     journal = Journal()
     answers = predict(network(), stream, preprocessing=GREY, batch_size=16, journal=journal)
     pixels = torch.arange(50.0).view(-1, 1, 1, 1).expand(-1, 1, 4, 4)

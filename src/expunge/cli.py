@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,10 +71,11 @@ Channels = Annotated[
     typer.Option(min=1, max=3, help="1 (grey) or 3; else as the model takes.", rich_help_panel="Preprocessing"),
 ]
 SkipBad = Annotated[
-    bool, typer.Option("--skip-bad", help="Leave out (and count) images that cannot be decoded.", rich_help_panel="Data")
+    bool,
+    typer.Option("--skip-bad", help="Leave out (and count) images that cannot be decoded.", rich_help_panel="Data"),
 ]
 SPEC_HELP = "torchvision:NAME, timm:NAME, hf:NAME, allcnn, or path/to/file.py:function; arguments as ?key=value&..."
-Seed = Annotated[int, typer.Option(min=0, help="Of all randomness.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of all randomness.")]
 Device = Annotated[
     str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, mps; else a GPU where there is one.")
 ]
@@ -171,7 +171,8 @@ def forget(
         str | None, typer.Option(metavar="SPEC", help=f"{SPEC_HELP}. Not needed where the weights say it.")
     ] = None,
     retain_per_class: Annotated[
-        int | None, typer.Option(metavar="N", help="Draw N images of each retained class.", rich_help_panel="Retain sample")
+        int | None,
+        typer.Option(metavar="N", help="Draw N images of each retained class.", rich_help_panel="Retain sample"),
     ] = None,
     retain_share: Annotated[
         float | None,
@@ -200,7 +201,10 @@ def forget(
     settings: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="NAME=VALUE", help="Change one, as impair.lr=0.002; may be repeated.", rich_help_panel="Method"
+            "--set",
+            metavar="NAME=VALUE",
+            help="Change one, as impair.lr=0.002; may be repeated.",
+            rich_help_panel="Method",
         ),
     ] = None,
     retrained: Annotated[
@@ -221,8 +225,8 @@ def forget(
 ) -> None:
     """Make a trained classifier forget classes: new weights, a record, and a plain answer.
 
-    The method never reads an image of a class to forget. It learns noise from the model itself, impairs the model
-    with it, and repairs it with a retained sample. Held-out images in --data are read afterwards, to measure.
+    The method never reads an image of a class to forget: it learns noise from the model itself, impairs the model with
+    it, and repairs it with a retained sample. Held-out images in --data are read afterwards, to measure.
     """
     with _user_errors("nothing was written"):
         from expunge.commands import RetainOptions, forget_command
@@ -259,7 +263,7 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[  # noqa: ARG001 (typer calls it)
+    version: Annotated[
         bool, typer.Option("--version", help="Print the version and leave.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
@@ -313,7 +317,7 @@ def _size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+    if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise InputError(f"expected --size N or HxW in pixels, got {text!r}")
     return int(parts[0]), int(parts[-1])
 
@@ -373,7 +377,14 @@ def _plain(text: str) -> str:
 @contextmanager
 def _journal(quiet: bool) -> Iterator[Journal]:
     """Give a journal that shows its phases: live bars in a terminal, one line a phase elsewhere."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     from expunge.journal import Journal
 
@@ -382,7 +393,9 @@ def _journal(quiet: bool) -> Iterator[Journal]:
         return
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield Journal(report=lambda phase: typer.echo(f"{phase.name}: {phase.steps} steps, {phase.seconds:.1f} s", err=True))
+        yield Journal(
+            report=lambda phase: typer.echo(f"{phase.name}: {phase.steps} steps, {phase.seconds:.1f} s", err=True)
+        )
         return
     columns = (
         TextColumn("{task.description:<18}"),
@@ -432,20 +445,22 @@ def _show(metrics: Mapping[str, Any], forgotten: Sequence[str], outcome: Outcome
 
 def _sentences(outcome: Outcome) -> Iterator[str]:
     record = outcome.record
-    after, before = record.metrics["after"], record.metrics["before"]
-    forgotten, kept = record.checks["forgotten"], record.checks["kept"]
-    if forgotten is None:
+    after, before, checks = record.metrics["after"], record.metrics["before"], record.checks
+    if checks["forgotten"] is None:
         yield "Forgotten at the output: unknown, the data has no held-out image of a forgotten class."
     else:
-        yield f"Forgotten at the output: {'yes' if forgotten else 'NO'} ({_percent(after['forget_accuracy'])}; goal: at most {_percent(record.checks['goal_forget_accuracy'])})."
-    if kept is None:
+        goal = _percent(checks["goal_forget_accuracy"])
+        answer = "yes" if checks["forgotten"] else "NO"
+        yield f"Forgotten at the output: {answer} ({_percent(after['forget_accuracy'])}; goal: at most {goal})."
+    if checks["kept"] is None:
         yield "The rest is kept: unknown, the data has no held-out image of a retained class."
     else:
         change = 100 * (after["retain_accuracy"] - before["retain_accuracy"])
-        yield f"The rest is kept: {'yes' if kept else 'NO'} ({change:+.1f} points; goal: no worse than -{100 * record.checks['goal_retain_drop']:.0f})."
-    yield "Not measured: what the features inside still know, how quickly it can be relearned, what an attacker can tell."
-    read = record.samples_read
-    names = record.classes["forget"]
+        answer = "yes" if checks["kept"] else "NO"
+        goal = f"{-100 * checks['goal_retain_drop']:.0f}"
+        yield f"The rest is kept: {answer} ({change:+.1f} points; goal: no worse than {goal})."
+    yield "Not measured: what the features inside still know, how fast it is relearned, what an attacker can tell."
+    read, names = record.samples_read, record.classes["forget"]
     yield (
         f"The method read {record.data['retain_samples']:,} retained images and "
         f"{sum(read['method'][name] for name in names)} of the forgotten classes; "
@@ -455,7 +470,8 @@ def _sentences(outcome: Outcome) -> Iterator[str]:
     phases = ", ".join(f"{name} {phase['seconds']:.1f} s" for name, phase in cost["phases"].items())
     yield f"Took {cost['seconds']:.1f} s ({phases}), {cost['steps']} optimizer steps."
     preprocessing = record.data["preprocessing"]
-    yield f"Images: {preprocessing['size'][0]}x{preprocessing['size'][1]}, mean and std {_source(preprocessing['source'])}."
+    height, width = preprocessing["size"]
+    yield f"Images: {height}x{width}, mean and std {_source(preprocessing['source'])}."
     yield from (f"Note: {note}." for note in outcome.notes)
     yield f"Wrote {', '.join(str(path) for path in outcome.files)}"
 
@@ -470,4 +486,4 @@ def _percent(value: float | None) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -105,6 +105,7 @@ def train_command(
         preprocessing=preprocessing,
         journal=journal,
         checkpoint=checkpoint,
+        identity=f"{workspace.spec.text} {preprocessing} {data.spec} {count_labels(staged.dataset)}",
     )
     answers = predict(workspace.model, test.dataset, preprocessing=preprocessing, journal=journal, phase="test")
     metadata = Metadata(
@@ -283,6 +284,8 @@ def check_writable(path: Path) -> None:
 
 
 def _preset(method: str, preset: str) -> Any:
+    if method not in PRESETS:
+        raise InputError(f"unknown method {method!r}: expected one of {', '.join(PRESETS)}")
     presets = PRESETS[method]
     if preset not in presets:
         raise InputError(f"unknown preset {preset!r}: expected one of {', '.join(presets)}")

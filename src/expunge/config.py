@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
+import types
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -52,25 +53,23 @@ def _set(config: Any, path: Sequence[str], text: str, assignment: str) -> Any:
     if dataclasses.is_dataclass(current):
         parts = ", ".join(f"{name}.{field.name}" for field in dataclasses.fields(current))
         raise InputError(f"{name!r} in {assignment!r} has parts: expected one of {parts}")
-    return dataclasses.replace(config, **{name: _parse(text, current, assignment)})
+    hint = typing.get_type_hints(type(config))[name]
+    return dataclasses.replace(config, **{name: _parse(text, hint, assignment)})
 
 
-def _parse(text: str, current: Any, assignment: str) -> Any:
-    if isinstance(current, str):
+def _parse(text: str, hint: Any, assignment: str) -> Any:
+    """Return `text` as a value of a field's type: str or Literal, bool, int, float, frozenset of str, or None too."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if text.lower() == "none" and types.NoneType in kinds:
+        return None
+    kind = next(kind for kind in kinds if kind is not types.NoneType)
+    if kind is str or typing.get_origin(kind) is typing.Literal:
         return text
-    if isinstance(current, frozenset):
+    if typing.get_origin(kind) is frozenset:
         return frozenset(part for part in text.split(",") if part)
     try:
-        value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
-    except (ValueError, SyntaxError):
-        value = text
-    if isinstance(current, float) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if current is None:
-        fits = value is None or isinstance(value, (int, float))
-    else:
-        fits = type(value) is type(current)
-    if not fits:
-        kind = type(current).__name__ if current is not None else "number"
-        raise InputError(f"expected a value of type {kind} in {assignment!r}")
-    return value
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        return kind(text)
+    except (KeyError, ValueError):
+        raise InputError(f"expected a value of type {kind.__name__} in {assignment!r}") from None

@@ -12,7 +12,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from expunge.errors import InputError, first_line
 from expunge.schema import Preprocessing, Sample
@@ -32,7 +32,7 @@ LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class")
 IMAGE_COLUMNS = ("image", "img", "images", "pixel_values", "picture")
 TEST_SHARE = 0.2  # of a source without a test split
 SPLIT_SEED = 0  # one fixed made split, so that training and forgetting agree on it whatever their seeds
-STAGE_LIMIT_BYTES = 2 * 2**30  # decoded images above this stream from workers
+STAGE_LIMIT_BYTES = 2 * 2**30  # decoded images above this are streamed
 SHUFFLE_BUFFER = 4096  # images held back to shuffle a stream that must be read in order
 
 
@@ -91,7 +91,7 @@ class TensorImages(Dataset[Sample]):
 
 
 class StreamedImages(IterableDataset[Sample]):
-    """Images decoded by loader workers while they are needed; memory does not grow with their number.
+    """Images decoded by threads shortly before they are needed; memory does not grow with their number.
 
     Shuffled anew each epoch: wholly where the source allows it, through a buffer of `SHUFFLE_BUFFER` images where it
     must be read in order.
@@ -107,7 +107,6 @@ class StreamedImages(IterableDataset[Sample]):
         self.shuffle = shuffle
         self.skip_bad = skip_bad
         self.epoch = 0
-        self.num_workers = min(4, os.cpu_count() or 1)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -116,24 +115,33 @@ class StreamedImages(IterableDataset[Sample]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[Sample]:
-        worker = get_worker_info()
-        part, parts = (worker.id, worker.num_workers) if worker else (0, 1)
         rng = np.random.default_rng((self.seed, self.epoch))
         order = np.arange(len(self.table))
         if self.shuffle and self.table.random_access:
             order = rng.permutation(order)
-        stream = self._decode(np.array_split(order, parts)[part])
+        stream = self._decode(order)
         if self.shuffle and not self.table.random_access:
             return shuffled(stream, SHUFFLE_BUFFER, rng)
         return stream
 
     def _decode(self, order: Labels) -> Iterator[Sample]:
-        payloads = self.table.read(self.table.rows[order])
-        for position, payload in zip(order, payloads, strict=True):
-            name = self.table.name(int(self.table.rows[position]))
-            image = decode(payload, self.preprocessing, name, skip_bad=self.skip_bad)
-            if image is not None:
-                yield image, int(self.table.labels[position])
+        items = zip(order, self.table.read(self.table.rows[order]), strict=True)
+        with ThreadPoolExecutor() as pool:
+            ready: list[Future[Sample | None]] = []
+            while True:  # one chunk is decoded while the one before is used
+                ahead = [pool.submit(self._sample, *item) for item in itertools.islice(items, 256)]
+                for future in ready:
+                    sample = future.result()
+                    if sample is not None:
+                        yield sample
+                if not ahead:
+                    return
+                ready = ahead
+
+    def _sample(self, position: int, payload: Any) -> Sample | None:
+        name = self.table.name(int(self.table.rows[position]))
+        image = decode(payload, self.preprocessing, name, skip_bad=self.skip_bad)
+        return None if image is None else (image, int(self.table.labels[position]))
 
 
 def shuffled(stream: Iterator[Sample], size: int, rng: np.random.Generator) -> Iterator[Sample]:
@@ -176,9 +184,7 @@ def open_source(
     else:
         folder = Path(spec)
         if not folder.is_dir():
-            raise InputError(
-                f"no data at {spec!r}: expected 'digits', a folder, 'hf:NAME' or 'torchvision:NAME'"
-            )
+            raise InputError(f"no data at {spec!r}: expected 'digits', a folder, 'hf:NAME' or 'torchvision:NAME'")
         if any(folder.rglob("*.parquet")):
             tables, names = _open_parquet(folder, label_column, image_column)
         else:
@@ -224,7 +230,9 @@ def _open_digits() -> Opened:
 def _open_folders(folder: Path) -> Opened:
     parts = {
         "train": next((folder / name for name in ("train", "training") if (folder / name).is_dir()), None),
-        "test": next((folder / name for name in ("test", "val", "valid", "validation") if (folder / name).is_dir()), None),
+        "test": next(
+            (folder / name for name in ("test", "val", "valid", "validation") if (folder / name).is_dir()), None
+        ),
     }
     if parts["train"] is None:
         parts = {"train": folder}
@@ -300,9 +308,14 @@ def _columns(
         features: dict[str, Any] = dict(Features.from_arrow_schema(schema))
     except (ValueError, KeyError, TypeError):  # metadata of another writer: columns still tell their names
         features = {}
-    label = _choose(label_column, LABEL_COLUMNS, present, "label", where, {
-        name for name, feature in features.items() if isinstance(feature, ClassLabel)
-    })
+    label = _choose(
+        label_column,
+        LABEL_COLUMNS,
+        present,
+        "label",
+        where,
+        {name for name, feature in features.items() if isinstance(feature, ClassLabel)},
+    )
     image = _choose(image_column, IMAGE_COLUMNS, present, "image", where, set())
     feature = features.get(label)
     names = tuple(feature.names) if isinstance(feature, ClassLabel) else ()
@@ -475,9 +488,7 @@ def stratified_split(table: ImageTable, share: float, *, seed: int) -> tuple[Ima
     return table.select(np.setdiff1d(np.arange(len(table)), second)), table.select(second)
 
 
-def draw(
-    table: ImageTable, *, per_class: int | None = None, share: float | None = None, seed: int
-) -> ImageTable:
+def draw(table: ImageTable, *, per_class: int | None = None, share: float | None = None, seed: int) -> ImageTable:
     """Return a random sample of every class: `per_class` images (all, where fewer), or a share, or everything."""
     if per_class is None and share is None:
         return table
@@ -608,7 +619,8 @@ def stage(
 
 def measure_statistics(table: ImageTable, size: tuple[int, int], channels: int) -> Preprocessing:
     """Return preprocessing whose mean and std are those of up to 2,000 images of `table`, evenly spaced."""
-    sample = table.select(np.unique(np.linspace(0, len(table) - 1, min(len(table), 2000)).astype(np.int64)))
+    most = max(1, min(len(table), 2000, STAGE_LIMIT_BYTES // (channels * size[0] * size[1])))
+    sample = table.select(np.unique(np.linspace(0, len(table) - 1, most).astype(np.int64)))
     plain = Preprocessing(size=size, mean=(0.0,) * channels, std=(1.0,) * channels, source="measured")
     staged = stage(sample, plain, skip_bad=True).dataset
     if not isinstance(staged, TensorImages) or len(staged) == 0:
@@ -618,9 +630,7 @@ def measure_statistics(table: ImageTable, size: tuple[int, int], channels: int) 
     mean = (counts * values).sum(1) / counts.sum(1)
     variance = (counts * (values - mean.unsqueeze(1)).square()).sum(1) / counts.sum(1)
     std = variance.sqrt().clamp_min(1e-3)
-    return replace(
-        plain, mean=tuple(round(m, 4) for m in mean.tolist()), std=tuple(round(s, 4) for s in std.tolist())
-    )
+    return replace(plain, mean=tuple(round(m, 4) for m in mean.tolist()), std=tuple(round(s, 4) for s in std.tolist()))
 
 
 def normalize(images: Tensor, preprocessing: Preprocessing | None) -> Tensor:

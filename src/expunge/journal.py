@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from expunge.schema import Phase
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Meter:
     _loss_steps: int = 0
     _correct: int = 0
     _seen: int = 0
-    _show: tuple[Progress, int] | None = None
+    _show: tuple[Progress, TaskID] | None = None
 
     def start_epoch(self) -> None:
         """Forget the running means: what is shown and kept is of the current epoch."""

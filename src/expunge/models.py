@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,9 +59,9 @@ def build_model(spec: ModelSpec, *, num_classes: int, channels: int) -> nn.Modul
         InputError: there is no such model, it refuses its arguments, or the user's file fails.
     """
     builders: dict[str, Callable[[ModelSpec, int, int], nn.Module]] = {
-        "torchvision": _torchvision,
-        "timm": _timm,
-        "hf": _transformers,
+        "torchvision": lambda spec, classes, _: _torchvision(spec, classes),
+        "timm": lambda spec, classes, _: _timm(spec, classes),
+        "hf": lambda spec, classes, _: _transformers(spec, classes),
         "allcnn": lambda spec, classes, channels: AllCNN(classes, channels, **spec.arguments),
         "file": _from_file,
     }
@@ -68,7 +69,7 @@ def build_model(spec: ModelSpec, *, num_classes: int, channels: int) -> nn.Modul
         model = builders[spec.family](spec, num_classes, channels)
     except InputError:
         raise
-    except Exception as error:  # a builder, the user's among them, may raise anything: one line, not its traceback
+    except (Exception, SystemExit) as error:  # a builder, the user's among them, may raise anything
         raise InputError(f"cannot build model {spec.text!r}: {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise InputError(f"expected {spec.text!r} to give a torch.nn.Module, got {type(model).__name__}")
@@ -183,7 +184,7 @@ class AllCNN(nn.Module):
         return maps.mean((2, 3))
 
 
-def _torchvision(spec: ModelSpec, num_classes: int, channels: int) -> nn.Module:
+def _torchvision(spec: ModelSpec, num_classes: int) -> nn.Module:
     import torchvision
 
     arguments = dict(spec.arguments)
@@ -204,14 +205,14 @@ def _weights_name(spec: ModelSpec) -> str:
     return name if "." in name else f"{torchvision.models.get_model_weights(spec.name).__name__}.{name}"
 
 
-def _timm(spec: ModelSpec, num_classes: int, channels: int) -> nn.Module:
+def _timm(spec: ModelSpec, num_classes: int) -> nn.Module:
     import timm
 
     model: nn.Module = timm.create_model(spec.name, num_classes=num_classes, **spec.arguments)
     return model
 
 
-def _transformers(spec: ModelSpec, num_classes: int, channels: int) -> nn.Module:
+def _transformers(spec: ModelSpec, num_classes: int) -> nn.Module:
     try:
         from transformers import AutoConfig, AutoModelForImageClassification
     except ImportError as error:
@@ -242,9 +243,11 @@ def _load_function(spec: ModelSpec) -> Callable[..., Any]:
         raise InputError(f"expected a function after the file: {path}:function")
     if not Path(path).is_file():
         raise InputError(f"no model file at {path!r}")
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert module_spec is not None and module_spec.loader is not None  # a .py file always has both
+    module_spec = importlib.util.spec_from_file_location(f"expunge_model_{Path(path).stem}", path)
+    assert module_spec is not None  # a .py file always has
+    assert module_spec.loader is not None  # both
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module.__name__] = module  # dataclasses and pickles look their module up
     try:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # the user's file may raise anything

@@ -93,6 +93,9 @@ class TrainConfig:
                 raise InputError(f"expected {name} of at least 1, got {getattr(self, name)}")
         if self.steps is not None and self.steps < 1:
             raise InputError(f"expected steps of at least 1, got {self.steps}")
+        for name in ("weight_decay", "momentum", "crop"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"expected {name} of at least 0, got {getattr(self, name)}")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise InputError(f"expected a positive learning rate, got {self.lr}")
         if self.optimizer not in ("adam", "adamw", "sgd"):

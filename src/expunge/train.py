@@ -7,7 +7,7 @@ batch and the results are those of one process up to rounding.
 from __future__ import annotations
 
 import math
-import os
+import pickle
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from expunge.data import normalize
 from expunge.errors import DivergedError, InputError
+from expunge.files import write_atomically
 from expunge.journal import Journal
 from expunge.schema import Predictions, Preprocessing, TrainConfig
 
@@ -47,6 +48,7 @@ def train(
     journal: Journal | None = None,
     phase: str = "train",
     checkpoint: Path | None = None,
+    identity: str = "",
 ) -> None:
     """Train `model` in place, in train mode, and leave it in eval mode. Parameters without `requires_grad` stay.
 
@@ -57,6 +59,7 @@ def train(
         objective: the loss; cross-entropy of logits and labels by default.
         checkpoint: a file in which each finished epoch is kept, and from which an interrupted training goes on, to
             the same result bit for bit on CPU. The caller removes it when the result is safe.
+        identity: what else, besides config and seed, a checkpoint must agree in: which data, which model.
 
     Raises:
         DivergedError: the loss became NaN or infinite.
@@ -76,7 +79,7 @@ def train(
     scheduler = _scheduler(optimizer, config, steps)
     first_epoch = 0
     if checkpoint is not None:
-        first_epoch = _restore(checkpoint, model, optimizer, scheduler, config, seed)
+        first_epoch = _restore(checkpoint, model, optimizer, scheduler, _fingerprint(config, seed, identity))
     runner, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
     loss_of = objective or (lambda logits, _, labels: F.cross_entropy(logits, labels))
     left = steps - first_epoch * len(loader)
@@ -87,8 +90,8 @@ def train(
             model.train()
             statistics = nullcontext() if config.update_norm_statistics else kept_statistics(model)
             with seeded(_epoch_seed(seed, epoch), device), statistics:
-                if hasattr(mixed, "set_epoch"):
-                    mixed.set_epoch(epoch)
+                if hasattr(loader, "set_epoch"):
+                    loader.set_epoch(epoch)
                 for batch in loader:
                     if meter.steps == left:
                         break
@@ -112,9 +115,11 @@ def train(
                     meter.step(loss=value, samples=len(labels), correct=correct)
                     meter.read(_real_labels(batch))
             if checkpoint is not None and accelerator.is_main_process:
-                _save_checkpoint(checkpoint, model, optimizer, scheduler, config, seed, epoch + 1)
+                fingerprint = _fingerprint(config, seed, identity)
+                _save_checkpoint(checkpoint, model, optimizer, scheduler, fingerprint, epoch + 1)
     if meter.steps == 0 and left:
         raise InputError("expected samples to train on, got none")
+    model.zero_grad()
     model.eval()
 
 
@@ -135,10 +140,10 @@ def predict(
     """
     device = device_of(model)
     accelerator = Accelerator(device_placement=False, cpu=device.type == "cpu")
-    loader = accelerator.prepare(_loader(_Tagged(dataset), batch_size, shuffle=False))
+    loader = accelerator.prepare(_loader(_mix(dataset, None, 0), batch_size, shuffle=False))
     logits: list[Tensor] = []
     labels: list[Tensor] = []
-    with evaluating(model), (journal or Journal()).phase(phase, steps=len(loader)) as meter:
+    with evaluating(model), seeded(0, device), (journal or Journal()).phase(phase, steps=len(loader)) as meter:
         for batch in loader:
             images, truth = _inputs(batch, preprocessing, device)
             answer, truth = accelerator.gather_for_metrics((logits_of(model(images)), truth))
@@ -224,6 +229,8 @@ def augment(images: Tensor, config: TrainConfig) -> Tensor:
         mirrored = torch.rand(count) < 0.5
         images = torch.where(mirrored.to(images.device).view(-1, 1, 1, 1), images.flip(-1), images)
     if config.crop:
+        if config.crop >= min(height, width):
+            raise InputError(f"expected a crop below the image size {height}x{width}, got {config.crop}")
         offsets = torch.randint(0, 2 * config.crop + 1, (2, count, 1))
         rows = (offsets[0] + torch.arange(height)).to(images.device)
         columns = (offsets[1] + torch.arange(width)).to(images.device)
@@ -262,7 +269,6 @@ class _TaggedStream(IterableDataset[tuple[Any, Any, bool]]):
         self.synthetic = synthetic
         self.seed = seed
         self.epoch = 0
-        self.num_workers = int(getattr(real, "num_workers", 0))
 
     def __len__(self) -> int:
         return len(self.real) + (len(self.synthetic) if self.synthetic is not None else 0)
@@ -273,12 +279,9 @@ class _TaggedStream(IterableDataset[tuple[Any, Any, bool]]):
             self.real.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[tuple[Any, Any, bool]]:
-        worker = torch.utils.data.get_worker_info()
-        part, parts = (worker.id, worker.num_workers) if worker else (0, 1)
         rng = np.random.default_rng((self.seed, self.epoch, 1))
-        order = rng.permutation(len(self.synthetic) if self.synthetic is not None else 0)[part::parts]
-        waiting = [int(index) for index in order]
-        to_come = max(1, len(self.real) // parts)
+        waiting = rng.permutation(len(self.synthetic) if self.synthetic is not None else 0).tolist()
+        to_come = len(self.real)
         for image, label in self.real:
             while waiting and rng.random() < len(waiting) / (len(waiting) + max(1, to_come)):
                 yield (*cast(Any, self.synthetic)[waiting.pop()], False)
@@ -310,7 +313,6 @@ def _loader(dataset: Any, batch_size: int, *, shuffle: bool) -> DataLoader[Any]:
         batch_size=batch_size,
         shuffle=shuffle and not streaming,
         collate_fn=_collate,
-        num_workers=int(getattr(dataset, "num_workers", 0)),
         # BatchNorm cannot train on one sample alone
         drop_last=shuffle and size > batch_size and size % batch_size == 1,
     )
@@ -335,10 +337,10 @@ def _piece(samples: list[tuple[Any, Any]]) -> Piece | None:
 
 
 def as_tensor(image: Any) -> Tensor:
+    """Return one image, a tensor or PIL image, as a tensor (channels, H, W)."""
     if isinstance(image, Image.Image):
-        image = np.asarray(image)
-        image = torch.from_numpy(image.copy())
-        return image.unsqueeze(0) if image.ndim == 2 else image.permute(2, 0, 1)
+        pixels = torch.from_numpy(np.array(image))
+        return pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.permute(2, 0, 1)
     if not isinstance(image, Tensor) or image.ndim != 3:
         came = f"a tensor {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
         raise InputError(f"expected images as tensors (channels, height, width) or PIL images, got {came}")
@@ -380,33 +382,35 @@ def _epoch_seed(seed: int, epoch: int) -> int:
     return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
 
 
+def _fingerprint(config: TrainConfig, seed: int, identity: str) -> str:
+    return f"{config!r} seed={seed} {identity}"
+
+
 def _save_checkpoint(
-    path: Path, model: nn.Module, optimizer: Any, scheduler: Any, config: TrainConfig, seed: int, epoch: int
+    path: Path, model: nn.Module, optimizer: Any, scheduler: Any, fingerprint: str, epoch: int
 ) -> None:
-    beside = path.with_name(path.name + ".new")
     state = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "scheduler": scheduler.state_dict(),
-        "config": repr(config),
-        "seed": seed,
+        "fingerprint": fingerprint,
         "epoch": epoch,
     }
-    torch.save(state, beside)
-    os.replace(beside, path)
+    write_atomically({path: lambda beside: torch.save(state, beside)})
 
 
-def _restore(
-    path: Path, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, config: TrainConfig, seed: int
-) -> int:
+def _restore(path: Path, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, fingerprint: str) -> int:
     """Load the last finished epoch into the arguments; return how many epochs are done (0 without a checkpoint)."""
     if not path.exists():
         return 0
-    state = torch.load(path, map_location=device_of(model), weights_only=True)
-    same_model = {name: value.shape for name, value in state["model"].items()} == {
-        name: value.shape for name, value in model.state_dict().items()
-    }
-    if state["config"] != repr(config) or state["seed"] != seed or not same_model:
+    try:
+        state = torch.load(path, map_location=device_of(model), weights_only=True)
+        same = state["fingerprint"] == fingerprint and {k: v.shape for k, v in state["model"].items()} == {
+            k: v.shape for k, v in model.state_dict().items()
+        }
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        raise InputError(f"cannot read the unfinished training in {path}: delete it to start anew") from error
+    if not same:
         raise InputError(
             f"{path} holds an unfinished training with other settings: repeat those to resume it, or delete it to start"
         )

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from expunge.files import write_atomically
 from expunge.errors import InputError, first_line
+from expunge.files import write_atomically
 from expunge.schema import Preprocessing
 
 METADATA_KEY = "expunge"  # one JSON text under this key of the safetensors header
@@ -81,6 +82,7 @@ def apply_weights(model: nn.Module, state: Mapping[str, Tensor], name: str) -> N
     Raises:
         InputError: keys are missing or surplus, or shapes differ; the message names them.
     """
+    state = _adapted(model, state)
     own = model.state_dict()
     tied: dict[int, list[str]] = {}
     for key, value in own.items():
@@ -102,10 +104,24 @@ def apply_weights(model: nn.Module, state: Mapping[str, Tensor], name: str) -> N
     model.load_state_dict(dict(state), strict=False)
 
 
-def head_width(state: Mapping[str, Tensor]) -> int | None:
-    """Return the number of outputs of the last weight matrix (or 1 x 1 convolution) in a state dict, if it has one."""
-    widths = [v.shape[0] for v in state.values() if v.ndim == 2 or (v.ndim == 4 and v.shape[2:] == (1, 1))]
-    return widths[-1] if widths else None
+def other_width(model: nn.Module, state: Mapping[str, Tensor], num_classes: int) -> int | None:
+    """Return the number of outputs that `state` was made for, where that is the one thing that does not fit."""
+    own = model.state_dict()
+    differing = {key for key in own if key in state and state[key].shape != own[key].shape}
+    widths = {state[key].shape[0] for key in differing if own[key].ndim and own[key].shape[0] == num_classes}
+    same_rest = all(own[key].shape[1:] == state[key].shape[1:] for key in differing if state[key].ndim)
+    return widths.pop() if set(own) == set(state) and same_rest and len(widths) == 1 else None
+
+
+def _adapted(model: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return `state` under the names of `model`: transformers saves some tensors under older names than it uses."""
+    if set(state) == set(model.state_dict()) or not hasattr(model, "from_pretrained"):
+        return state
+    loaded, report = cast(Any, type(model)).from_pretrained(
+        None, config=cast(Any, model).config, state_dict=dict(state), output_loading_info=True
+    )
+    complete = not (report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"])
+    return loaded.state_dict() if complete else state  # type: ignore[no-any-return]
 
 
 def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], Metadata]:
@@ -137,7 +153,8 @@ def _parse_metadata(text: str | None, path: Path) -> Metadata:
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of old pickle protocols: refused below where they matter
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if zipfile.is_zipfile(path) or path.read_bytes()[:1] == b"\x80":
             raise InputError(

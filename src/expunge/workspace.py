@@ -9,11 +9,27 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from expunge.data import ImageTable, Source, measure_statistics, native_channels, native_size, open_source, relabel, with_test_split
+from expunge.data import (
+    ImageTable,
+    Source,
+    measure_statistics,
+    native_channels,
+    native_size,
+    open_source,
+    relabel,
+    with_test_split,
+)
 from expunge.errors import InputError
-from expunge.models import ModelSpec, build_model, check_model, parse_model, takes_channels, zoo_preprocessing
+from expunge.models import (
+    ModelSpec,
+    build_model,
+    check_model,
+    parse_model,
+    takes_channels,
+    zoo_preprocessing,
+)
 from expunge.schema import Preprocessing
-from expunge.weights import Metadata, apply_weights, head_width, load_weights
+from expunge.weights import Metadata, apply_weights, load_weights, other_width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +93,8 @@ def open_workspace(
         try:
             apply_weights(network, state, str(weights))
         except InputError as error:
-            width = head_width(state)
-            if width is None or width == len(source.class_names):
+            width = other_width(network, state, len(source.class_names))
+            if width is None:
                 raise
             raise InputError(
                 f"the weights in {weights} have {width} outputs, the data has {len(source.class_names)} classes; "
@@ -114,7 +130,7 @@ def _model_text(model: str | None, metadata: Metadata) -> str:
 
 
 def align(source: Source, names: Sequence[str] | None) -> tuple[Source, list[str]]:
-    """Return the source with its labels in the order of `names`, those of the model's outputs, and what to say of it."""
+    """Return the source with its labels in the order of `names`, the model's outputs, and what to say of it."""
     own = source.class_names
     if names is None or tuple(names) == own:
         return source, []
@@ -141,7 +157,7 @@ def align(source: Source, names: Sequence[str] | None) -> tuple[Source, list[str
 def _preprocessing(
     data: DataOptions, metadata: Metadata, spec: ModelSpec, model: nn.Module, table: ImageTable, channels: int
 ) -> Preprocessing:
-    """What the caller gave, else the metadata of the weights, else the zoo's, else measured: size and statistics apart."""
+    """Size and statistics, each as the caller gave it, else as the weights or the zoo say, else measured."""
     stated = metadata.preprocessing or zoo_preprocessing(spec, model)
     if stated is not None and stated.channels != channels:
         stated = None

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from expunge.data import count_labels, normalize
 from expunge.errors import InputError
@@ -65,7 +66,7 @@ def first_image(split: Split) -> Tensor:
     retain: Any = split.retain
     if hasattr(retain, "__len__") and len(retain) == 0:
         raise InputError("expected a retain sample, got an empty one")
-    sample = retain[0] if hasattr(retain, "__getitem__") else next(cast(Iterator[Any], iter(retain)), None)
+    sample = next(cast(Iterator[Any], iter(retain)), None) if isinstance(retain, IterableDataset) else retain[0]
     if sample is None:
         raise InputError("expected a retain sample, got an empty one")
     return normalize(as_tensor(sample[0]).unsqueeze(0), split.preprocessing)[0]

@@ -58,6 +58,4 @@ def per_class_accuracy(logits: Tensor, labels: Tensor) -> list[float | None]:
     check_answers(logits, labels)
     counts = torch.bincount(labels, minlength=logits.shape[1])
     hits = torch.bincount(labels[logits.argmax(1) == labels], minlength=logits.shape[1])
-    return [
-        hit / count if count else None for hit, count in zip(hits.tolist(), counts.tolist(), strict=True)
-    ]
+    return [hit / count if count else None for hit, count in zip(hits.tolist(), counts.tolist(), strict=True)]

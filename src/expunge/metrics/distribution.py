@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -33,4 +35,4 @@ def entropy_bits(distribution: list[float]) -> float:
     shares = torch.tensor(distribution, dtype=torch.float64)
     if len(shares) == 0 or bool((shares < 0).any()) or abs(shares.sum().item() - 1) > 1e-6:
         raise InputError("expected shares that are not negative and sum to 1")
-    return abs(torch.special.entr(shares).sum().item() / torch.log(torch.tensor(2.0, dtype=torch.float64)).item())
+    return abs(float(torch.special.entr(shares).sum()) / math.log(2))

@@ -1,0 +1,219 @@
+"""The three phases of UNSIR, against closed forms and against the paper's procedure."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import Tiny, TinyNet, random_images
+from expunge.data import TensorImages
+from expunge.errors import DivergedError, InputError
+from expunge.journal import Journal
+from expunge.methods.unsir import (
+    NOTEBOOK_DEFECTS,
+    UnsirConfig,
+    distil_retained,
+    impair,
+    learn_noise,
+    noise_objective,
+    repair,
+    unsir,
+)
+from expunge.schema import Split, TrainConfig
+
+SMALL = UnsirConfig(
+    noise_per_class=8,
+    noise_steps=5,
+    impair=TrainConfig(steps=4, lr=0.01, batch_size=32, update_norm_statistics=False),
+    repair=TrainConfig(steps=4, lr=0.002, batch_size=32),
+)
+
+
+def split_of(count: int = 60, num_classes: int = 3, shape: tuple[int, ...] = (1, 8, 8)) -> Split:
+    data = random_images(count, num_classes, shape)
+    kept = data.labels != 0
+    return Split(forget_classes=(0,), retain=TensorImages(data.images[kept], data.labels[kept]))
+
+
+def test_noise_objective_closed_form() -> None:
+    images = torch.full((2, 3, 4, 4), 2.0, dtype=torch.float64)
+    logits = torch.zeros((2, 5), dtype=torch.float64)
+    labels = torch.tensor([1, 4])
+    assert noise_objective(logits, labels, images, 0.5).item() == pytest.approx(-math.log(5) + 0.5 * 4)
+    assert noise_objective(logits, labels, images, 0.5, summed=True).item() == pytest.approx(
+        -math.log(5) + 0.5 * 4 * 48
+    )
+
+
+def test_penalty_on_mean_equals_penalty_on_sum_at_the_papers_size() -> None:
+    images = torch.randn((4, 3, 32, 32))
+    logits, labels = torch.randn((4, 10)), torch.arange(4)
+    mean = noise_objective(logits, labels, images, 0.1 * 3072)
+    assert mean.item() == pytest.approx(noise_objective(logits, labels, images, 0.1, summed=True).item(), rel=1e-5)
+
+
+def test_noise_gradient_against_finite_differences() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    labels = torch.tensor([0, 2])
+    images = torch.randn((2, 3, 2, 2), dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: noise_objective(model(x), labels, x, 0.3), (images,))
+
+
+def test_noise_ascends_the_error_with_right_labels_and_leaves_the_model_alone(tiny: Tiny) -> None:
+    before = copy.deepcopy(tiny.model.state_dict())
+    gradients = [parameter.requires_grad for parameter in tiny.model.parameters()]
+    split = replace(tiny.split, forget_classes=(3, 7))
+    journal = Journal()
+    config = replace(SMALL, noise_steps=40, noise_penalty=0.0)
+    noise = learn_noise(tiny.model, split, config, seed=0, journal=journal)
+    assert noise.images.shape == (16, 1, 8, 8)
+    assert noise.labels.tolist() == [3] * 8 + [7] * 8
+    with torch.no_grad():
+        logits = tiny.model.eval()(noise.images)
+    start = torch.randn((16, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        at_start = nn.functional.cross_entropy(tiny.model(start), noise.labels)
+    assert nn.functional.cross_entropy(logits, noise.labels) > at_start + 3
+    assert len({tuple(image.flatten().tolist()) for image in noise.images}) == 16
+    assert journal.phases[0].steps == 40  # one batch for both classes
+    assert journal.phases[0].label_counts == {}
+    for name, value in tiny.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert [parameter.requires_grad for parameter in tiny.model.parameters()] == gradients
+    assert all(parameter.grad is None for parameter in tiny.model.parameters())
+
+
+def test_noise_computes_no_weight_gradient(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    forward = TinyNet.forward
+
+    def spy(self: TinyNet, images: torch.Tensor) -> torch.Tensor:
+        seen.append(any(parameter.requires_grad for parameter in self.parameters()) or self.training)
+        return forward(self, images)
+
+    monkeypatch.setattr(TinyNet, "forward", spy)
+    learn_noise(tiny.model, tiny.split, SMALL, seed=0)
+    assert len(seen) == SMALL.noise_steps
+    assert not any(seen)
+
+
+def test_noise_of_one_class_does_not_depend_on_the_others(tiny: Tiny) -> None:
+    both = learn_noise(tiny.model, replace(tiny.split, forget_classes=(3, 7)), SMALL, seed=0)
+    alone = learn_noise(tiny.model, replace(tiny.split, forget_classes=(3,)), SMALL, seed=0)
+    torch.testing.assert_close(both.images[:8], alone.images, atol=1e-3, rtol=1e-3)
+
+
+def test_unsir_is_its_three_phases(tiny: Tiny) -> None:
+    noise = learn_noise(tiny.model, tiny.split, SMALL, seed=3)
+    impaired = impair(tiny.model, tiny.split, noise, SMALL, seed=3)
+    repaired = repair(impaired, tiny.split, SMALL, original=tiny.model, seed=3)
+    whole = unsir(tiny.model, tiny.split.zero_glance(), SMALL, seed=3)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, repaired.state_dict()[name]), name
+
+
+def test_impair_shows_every_noise_image_and_keeps_running_statistics(tiny: Tiny) -> None:
+    config = replace(
+        SMALL, noise_repeats=3, impair=TrainConfig(epochs=1, lr=0.01, batch_size=32, update_norm_statistics=False)
+    )
+    noise = learn_noise(tiny.model, tiny.split, config, seed=0)
+    journal = Journal()
+    impaired = impair(tiny.model, tiny.split, noise, config, seed=0, journal=journal)
+    phase = journal.phases[0]
+    assert phase.samples == 900 + 3 * 8
+    assert sum(phase.label_counts.values()) == 900
+    assert 3 not in phase.label_counts
+    own = dict(tiny.model.named_buffers())
+    for name, value in impaired.named_buffers():
+        assert torch.equal(value, own[name]), name
+    assert any(not torch.equal(a, b) for a, b in zip(impaired.parameters(), tiny.model.parameters(), strict=True))
+
+
+def test_noise_share_sets_the_repeats(tiny: Tiny) -> None:
+    config = replace(SMALL, noise_share=0.4, impair=TrainConfig(epochs=1, lr=0.001))
+    journal = Journal()
+    impair(tiny.model, tiny.split, learn_noise(tiny.model, tiny.split, config, seed=0), config, seed=0, journal=journal)
+    assert 1 - 900 / journal.phases[0].samples == pytest.approx(0.4, abs=0.01)
+
+
+def test_distillation_teaches_the_originals_answer_without_the_forgotten() -> None:
+    original = nn.Sequential(nn.Flatten(), nn.Linear(4, 3, bias=False))
+    images = torch.randn((5, 1, 2, 2))
+    with torch.no_grad():
+        logits = original(images)
+    objective = distil_retained(original, [1], 2.0)
+    perfect = logits.clone()
+    perfect[:, 1] = -1e4
+    labels = torch.zeros(5, dtype=torch.long)
+    assert objective(perfect, images, labels).item() == pytest.approx(0, abs=1e-5)
+    target = (logits[:, [0, 2]] / 2).softmax(1)
+    uniform = torch.zeros((5, 3))
+    expected = 4 * (target * (target.log() - math.log(1 / 3))).sum(1).mean()
+    assert objective(uniform, images, labels).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_notebook_keeps_its_defects_by_name(tiny: Tiny) -> None:
+    config = UnsirConfig.notebook()
+    assert config.defects == set(NOTEBOOK_DEFECTS)
+    quick = replace(config, noise_per_class=16, noise_steps=2)
+    journal = Journal()
+    split = replace(tiny.split, forget_classes=(3, 7))
+    retain = split.retain
+    assert isinstance(retain, TensorImages)
+    kept = retain.labels != 7
+    split = replace(split, retain=TensorImages(retain.images[kept], retain.labels[kept]))
+    before = copy.deepcopy(tiny.model.state_dict())
+    unsir(tiny.model, split.zero_glance(), quick, seed=0, journal=journal)
+    noise, impaired, _ = journal.phases
+    assert noise.steps == 4  # one class after the other
+    assert impaired.samples == 800 + 20 * 2 * 1  # as many images a class as channels: one, on grey digits
+    for name, value in tiny.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_paper_mends_the_defects() -> None:
+    config = UnsirConfig.paper()
+    assert config.defects == frozenset()
+    assert (config.impair.lr, config.repair.lr, config.noise_per_class) == (0.02, 0.01, 256)
+    assert not config.impair.update_norm_statistics
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 7), (2, 8, 8), (4, 12, 6)])
+def test_any_shape_and_channels(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), 16), nn.ReLU(), nn.Linear(16, 3))
+    unlearned = unsir(model, split_of(shape=shape), SMALL, seed=0)
+    assert not unlearned.training
+    assert unlearned(torch.zeros((2, *shape))).shape == (2, 3)
+
+
+def test_nan_stops_with_the_step_and_what_to_lower() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    config = replace(SMALL, impair=TrainConfig(epochs=3, lr=1e38, batch_size=16, optimizer="sgd"))
+    with pytest.raises(DivergedError, match=r"at step \d+ of impair; .*lower the learning rate"):
+        unsir(model, split_of(), config, seed=0)
+    with torch.no_grad():
+        next(iter(model.parameters())).fill_(torch.nan)
+    with pytest.raises(DivergedError, match="noise objective became nan at step 1"):
+        learn_noise(model, split_of(), SMALL, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"noise_per_class": 0}, "noise_per_class of at least 1"),
+        ({"noise_lr": -1.0}, "positive noise_lr"),
+        ({"noise_share": 1.0}, "noise_share between 0 and 1"),
+        ({"repair_temperature": 0.0}, "positive repair_temperature"),
+        ({"defects": frozenset({"unknown"})}, "unknown defect 'unknown'"),
+    ],
+)
+def test_config_refuses(change: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        replace(UnsirConfig(), **change)  # type: ignore[arg-type]
