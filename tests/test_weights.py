@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import resource
@@ -251,3 +252,18 @@ def test_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     assert done.stdout.startswith("refused"), done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
     assert (tmp_path / "w.safetensors").read_text() == "old"
+
+
+def test_a_hub_folder_names_its_classes(tmp_path: Path) -> None:
+    save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    for content, names in (
+        ({"id2label": {"1": "dog", "0": "cat"}}, ("cat", "dog")),
+        ({"label_names": ["a", "b"]}, ("a", "b")),
+        ({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}, ()),
+        ({}, ()),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        assert load_weights(tmp_path)[1].class_names == names
+    (tmp_path / "config.json").write_text("not json")
+    with pytest.raises(InputError, match=r"config\.json"):
+        load_weights(tmp_path)

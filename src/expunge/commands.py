@@ -256,13 +256,15 @@ def demo_command(out: Path, *, seed: int = 0, journal: Journal | None = None) ->
     original, retrained = out / "original.safetensors", out / "retrained.safetensors"
     train_command(data, "allcnn", original, config=config, seed=seed, journal=journal)
     train_command(data, "allcnn", retrained, config=config, leave_out=["3"], seed=seed, journal=journal)
+    sample = RetainOptions(per_class=100)
     return forget_command(
-        data, None, original, ["3"], out, retain=RetainOptions(per_class=100), retrained=retrained, seed=seed,
+        data, None, original, ["3"], out, retain=sample, settings=DEMO_SETTINGS, retrained=retrained, seed=seed,
         journal=journal,
     )  # fmt: skip
 
 
 DEMO_EPOCHS = 10
+DEMO_SETTINGS = ("impair.batch_size=64", "repair.batch_size=64")  # of 900 images; the default suits thousands
 
 
 def check_writable(path: Path) -> None:

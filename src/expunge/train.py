@@ -119,6 +119,11 @@ def train(
                 _save_checkpoint(checkpoint, model, optimizer, scheduler, fingerprint, epoch + 1)
     if meter.steps == 0 and left:
         raise InputError("expected samples to train on, got none")
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
+        raise DivergedError(
+            f"the weights became NaN or infinite in the last step of {phase}; nothing was kept: "
+            f"lower the learning rate (now {config.lr:g})"
+        )
     model.zero_grad()
     model.eval()
 

@@ -7,7 +7,7 @@ import pickle
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -64,16 +64,19 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], Metadata]:
     Raises:
         InputError: there is no such file, it is no weights file, or it would run code.
     """
+    said = Metadata()
     if path.is_dir():
+        said = Metadata(class_names=_hub_class_names(path / "config.json"))
         found = [path / name for name in HUB_FILES if (path / name).is_file()]
         if not found:
             raise InputError(f"expected {' or '.join(HUB_FILES)} in {str(path)!r}, found neither")
         path = found[0]
     if not path.is_file():
         raise InputError(f"no weights file at {str(path)!r}")
-    if path.suffix == ".safetensors":
-        return _load_safetensors(path)
-    return _load_pickle(path), Metadata()
+    if path.suffix != ".safetensors":
+        return _load_pickle(path), said
+    state, metadata = _load_safetensors(path)
+    return state, metadata if metadata.class_names else replace(metadata, class_names=said.class_names)
 
 
 def apply_weights(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
@@ -132,6 +135,21 @@ def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], Metadata]:
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is not a safetensors file ({first_line(error)})") from error
     return state, _parse_metadata(header.get(METADATA_KEY), path)
+
+
+def _hub_class_names(config: Path) -> tuple[str, ...]:
+    """Return the class names that a hub folder's config.json states (transformers' or timm's key), if any."""
+    if not config.is_file():
+        return ()
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+        names = content.get("label_names") or [
+            name for _, name in sorted(content.get("id2label", {}).items(), key=lambda item: int(item[0]))
+        ]
+    except (ValueError, AttributeError, TypeError) as error:
+        raise InputError(f"cannot read the class names in {config} ({first_line(error)})") from error
+    placeholders = [f"LABEL_{label}" for label in range(len(names))]  # what transformers writes where nobody named them
+    return () if names == placeholders else tuple(str(name) for name in names)
 
 
 def _parse_metadata(text: str | None, path: Path) -> Metadata:

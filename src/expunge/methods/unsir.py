@@ -43,7 +43,7 @@ class UnsirConfig:
     noise_share: float = 0.4  # of the images in impair, in (0, 1)
     noise_repeats: int | None = None  # times each noise image is shown in a pass; None: as noise_share asks
     impair: TrainConfig = field(
-        default_factory=lambda: TrainConfig(steps=24, lr=0.01, schedule="one_cycle", update_norm_statistics=False)
+        default_factory=lambda: TrainConfig(steps=24, lr=0.003, schedule="one_cycle", update_norm_statistics=False)
     )
     repair: TrainConfig = field(default_factory=lambda: TrainConfig(steps=128, lr=0.004, schedule="one_cycle"))
     repair_temperature: float | None = 2.0  # of the original's answers that repair distils; None: train on labels

@@ -1,0 +1,55 @@
+"""The documents hold: the README's snippet runs, commands and record keys are documented, links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from conftest import Tiny, TinyNet
+from expunge.cli import app
+from expunge.config import as_json
+from expunge.evaluate import evaluate
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def test_readme_snippet_runs(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(snippets) == 1
+    assert tiny.split.test is not None
+    names = {
+        "model": tiny.model,
+        "retained_images": tiny.split.retain,
+        "test_images": tiny.split.test,
+    }
+    exec(compile(snippets[0], "README.md", "exec"), names)
+    printed = capsys.readouterr().out.split()
+    before, after = float(printed[0]), float(printed[1])
+    assert before > 0.9
+    assert after <= 0.01
+    assert isinstance(names["unlearned"], TinyNet)
+
+
+def test_every_command_is_in_the_readme() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in get_command(app).commands:  # type: ignore[attr-defined]
+        assert f"expunge {name}" in text
+
+
+def test_every_record_key_is_documented(tiny: Tiny) -> None:
+    text = (ROOT / "docs" / "record.md").read_text(encoding="utf-8")
+    record = as_json(evaluate(tiny.model, tiny.model, tiny.split, retrained=tiny.model))
+    for key in [*record, *record["metrics"]["after"], *record["checks"], *record["samples_read"], *record["cost"]]:
+        if key not in ("goal_forget_accuracy", "goal_retain_drop", "steps", "samples"):
+            assert f"`{key}`" in text or f"`{key}." in text, f"{key} is not in docs/record.md"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (path.parent / target).exists(), f"{path.name} links to {target}"

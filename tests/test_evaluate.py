@@ -1,0 +1,100 @@
+"""The record of an evaluation: keys, figures, counts, and that nothing is changed."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import Tiny
+from expunge.config import as_json
+from expunge.data import TensorImages
+from expunge.errors import InputError
+from expunge.evaluate import evaluate, measures
+from expunge.schema import Predictions, Split
+from expunge.train import predict
+
+
+def masked(model: nn.Module, label: int) -> nn.Module:
+    """The control that passes every accuracy test: a head bias of -50."""
+    changed = copy.deepcopy(model)
+    answer = changed.get_submodule("answer")
+    assert isinstance(answer, nn.Linear)
+    with torch.no_grad():
+        answer.bias[label] = -50.0
+    return changed
+
+
+def test_record_of_known_answers(tiny: Tiny) -> None:
+    before = copy.deepcopy(tiny.model.state_dict())
+    tiny.model.train()
+    record = evaluate(tiny.model, masked(tiny.model, 3), tiny.split, retrained=masked(tiny.model, 3), seed=5)
+    assert tiny.model.training
+    for name, value in tiny.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+    was, now = record.metrics["before"], record.metrics["after"]
+    assert was["forget_accuracy"] == pytest.approx(tiny.accuracy(tiny.model, forget=True))
+    assert was["retain_accuracy"] == pytest.approx(tiny.accuracy(tiny.model, forget=False))
+    assert was["per_class_accuracy"]["3"] == was["forget_accuracy"]
+    assert now["forget_accuracy"] == 0.0
+    assert now["false_forget_rate"] == 0.0
+    assert now["masked_retain_accuracy"] == was["masked_retain_accuracy"] == now["retain_accuracy"]
+    assert now["masked_forget_accuracy"] == 0.0
+    assert sum(now["forget_prediction_distribution"].values()) == pytest.approx(1)
+    distance = now["weight_distance"]["to_original"]
+    assert {name for name, value in distance.items() if value["l2"] > 0} == {"answer.bias", "total"}
+    assert now["weight_distance"]["to_retrained"]["total"]["l2"] == 0.0
+    assert record.metrics["retrained"]["forget_accuracy"] == 0.0
+    assert record.checks["forgotten"] is True
+    assert record.checks["kept"] is True
+    assert record.classes["forget"] == ["3"]
+    assert record.samples_read["retain_sample"] == {str(c): 0 if c == 3 else 100 for c in range(10)}
+    assert sum(record.samples_read["evaluation"].values()) == record.data["test_samples"]
+    assert json.loads(json.dumps(as_json(record), allow_nan=False))["seed"] == 5
+
+
+def test_without_forget_samples_the_answer_is_unknown(tiny: Tiny) -> None:
+    test = tiny.split.test
+    assert isinstance(test, TensorImages)
+    kept = test.labels != 3
+    split = replace(tiny.split, test=TensorImages(test.images[kept], test.labels[kept]))
+    record = evaluate(tiny.model, tiny.model, split)
+    assert record.metrics["after"]["forget_accuracy"] is None
+    assert record.metrics["after"]["per_class_accuracy"]["3"] is None
+    assert record.checks["forgotten"] is None
+    assert record.checks["kept"] is True
+
+
+def test_the_original_is_not_called_forgotten(tiny: Tiny) -> None:
+    assert evaluate(tiny.model, tiny.model, tiny.split).checks["forgotten"] is False
+
+
+def test_forget_training_samples_are_measured_where_given(tiny: Tiny) -> None:
+    test = tiny.split.test
+    assert isinstance(test, TensorImages)
+    forget = TensorImages(test.images[test.labels == 3], test.labels[test.labels == 3])
+    record = evaluate(tiny.model, tiny.model, replace(tiny.split, forget=forget))
+    after = record.metrics["after"]
+    assert after["forget_train_accuracy"] == after["forget_accuracy"]
+
+
+def test_earlier_requests_are_no_retained_classes(tiny: Tiny) -> None:
+    assert tiny.split.test is not None
+    answers = predict(tiny.model, tiny.split.test, preprocessing=tiny.split.preprocessing)
+    split = replace(tiny.split, forgotten_before=(8,))
+    chosen = (answers.labels != 3) & (answers.labels != 8)
+    expected = (answers.logits.argmax(1) == answers.labels)[chosen].double().mean().item()
+    assert measures(answers, split)["retain_accuracy"] == pytest.approx(expected)
+
+
+def test_refusals(tiny: Tiny) -> None:
+    with pytest.raises(InputError, match=r"expected split\.test"):
+        evaluate(tiny.model, tiny.model, replace(tiny.split, test=None))
+    nan = Predictions(torch.full((2, 10), torch.nan), torch.tensor([0, 3]))
+    with pytest.raises(InputError, match="NaN or infinite"):
+        measures(nan, Split(forget_classes=(3,), retain=tiny.split.retain))
