@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import nn
 
 
@@ -12,5 +14,5 @@ def small_cnn(num_classes: int, channels: int) -> nn.Module:
         return nn.Sequential(nn.Conv2d(inputs, outputs, 3, 2, 1), nn.BatchNorm2d(outputs), nn.ReLU())
 
     widths = (channels, 32, 64, 128, 128)
-    blocks = [block(inputs, outputs) for inputs, outputs in zip(widths[:-1], widths[1:], strict=True)]
+    blocks = [block(*pair) for pair in pairwise(widths)]
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * widths[-1], num_classes))

@@ -15,7 +15,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that tests start
 
 from expunge.data import TensorImages, draw, open_source, stage, with_test_split, without  # noqa: E402
 from expunge.schema import Preprocessing, Split, TrainConfig  # noqa: E402
-from expunge.train import predict, train  # noqa: E402
+from expunge.training import predict, train  # noqa: E402
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

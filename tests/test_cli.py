@@ -59,6 +59,7 @@ class Trained:
 
     def arguments(self, out: Path, *more: str, classes: str = "3", source: str = "digits") -> list[str]:
         words = ["forget", "--weights", str(self.weights), "--data", source, "--classes", classes, "--out", str(out)]
+        words += ["--model", self.model]
         return [*words, *FAST, *more]
 
 

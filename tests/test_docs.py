@@ -11,7 +11,7 @@ from typer.main import get_command
 from conftest import Tiny, TinyNet
 from expunge.cli import app
 from expunge.config import as_json
-from expunge.evaluate import evaluate
+from expunge.evaluation import evaluate
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

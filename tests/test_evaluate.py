@@ -14,9 +14,9 @@ from conftest import Tiny
 from expunge.config import as_json
 from expunge.data import TensorImages
 from expunge.errors import InputError
-from expunge.evaluate import evaluate, measures
+from expunge.evaluation import evaluate, measures
 from expunge.schema import Predictions, Split
-from expunge.train import predict
+from expunge.training import predict
 
 
 def masked(model: nn.Module, label: int) -> nn.Module:

@@ -11,7 +11,7 @@ from torch import nn
 from expunge.errors import InputError
 from expunge.models import build_model, check_model, parse_model, takes_channels, zoo_preprocessing
 from expunge.schema import Preprocessing
-from expunge.train import logits_of
+from expunge.training import logits_of
 from expunge.weights import apply_weights, load_weights
 
 VIT = "timm:vit_tiny_patch16_224?img_size=32&depth=1"

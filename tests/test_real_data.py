@@ -38,8 +38,9 @@ def test_forget_two_classes_of_cifar10(tmp_path: Path) -> None:
     assert metadata.training["train_samples"] == 50_000
 
     out = tmp_path / "out"
+    model = f"{tmp_path / 'model.py'}:small"
     outcome = forget_command(
-        data, None, weights, ["airplane,bird"], out, retain=RetainOptions(per_class=200), settings=["noise_steps=20"]
+        data, model, weights, ["airplane,bird"], out, retain=RetainOptions(per_class=200), settings=["noise_steps=20"]
     )
     record = json.loads((out / "record.json").read_text())
     assert record["classes"]["forget"] == ["airplane", "bird"]

@@ -20,7 +20,7 @@ from expunge.data import ImageTable, StreamedImages, TensorImages
 from expunge.errors import DivergedError, InputError
 from expunge.journal import Journal
 from expunge.schema import Preprocessing, TrainConfig
-from expunge.train import augment, evaluating, logits_of, predict, train
+from expunge.training import augment, evaluating, logits_of, predict, train
 
 GREY = Preprocessing(size=(4, 4), mean=(0.5,), std=(0.25,))
 CONFIG = TrainConfig(epochs=3, lr=0.01, batch_size=16, schedule="one_cycle", flip=True, crop=1)

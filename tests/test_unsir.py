@@ -19,6 +19,7 @@ from expunge.methods.unsir import (
     UnsirConfig,
     distil_retained,
     impair,
+    learn_impressions,
     learn_noise,
     noise_objective,
     repair,
@@ -29,6 +30,7 @@ from expunge.schema import Split, TrainConfig
 SMALL = UnsirConfig(
     noise_per_class=8,
     noise_steps=5,
+    impressions_per_class=4,
     impair=TrainConfig(steps=4, lr=0.01, batch_size=32, update_norm_statistics=False),
     repair=TrainConfig(steps=4, lr=0.002, batch_size=32),
 )
@@ -112,7 +114,8 @@ def test_noise_of_one_class_does_not_depend_on_the_others(tiny: Tiny) -> None:
 def test_unsir_is_its_three_phases(tiny: Tiny) -> None:
     noise = learn_noise(tiny.model, tiny.split, SMALL, seed=3)
     impaired = impair(tiny.model, tiny.split, noise, SMALL, seed=3)
-    repaired = repair(impaired, tiny.split, SMALL, original=tiny.model, seed=3)
+    impressions = learn_impressions(tiny.model, tiny.split, SMALL, seed=3)
+    repaired = repair(impaired, tiny.split, SMALL, original=tiny.model, impressions=impressions, seed=3)
     whole = unsir(tiny.model, tiny.split.zero_glance(), SMALL, seed=3)
     for name, value in whole.state_dict().items():
         assert torch.equal(value, repaired.state_dict()[name]), name
@@ -200,7 +203,7 @@ def test_nan_stops_with_the_step_and_what_to_lower() -> None:
         unsir(model, split_of(), config, seed=0)
     with torch.no_grad():
         next(iter(model.parameters())).fill_(torch.nan)
-    with pytest.raises(DivergedError, match="noise objective became nan at step 1"):
+    with pytest.raises(DivergedError, match="learned images became nan at step 1"):
         learn_noise(model, split_of(), SMALL, seed=0)
 
 
@@ -210,6 +213,8 @@ def test_nan_stops_with_the_step_and_what_to_lower() -> None:
         ({"noise_per_class": 0}, "noise_per_class of at least 1"),
         ({"noise_lr": -1.0}, "positive noise_lr"),
         ({"noise_share": 1.0}, "noise_share between 0 and 1"),
+        ({"noise_repeats": 0}, "noise_repeats of at least 1"),
+        ({"impressions_per_class": -1}, "impressions_per_class of at least 0"),
         ({"repair_temperature": 0.0}, "positive repair_temperature"),
         ({"defects": frozenset({"unknown"})}, "unknown defect 'unknown'"),
     ],
@@ -217,3 +222,80 @@ def test_nan_stops_with_the_step_and_what_to_lower() -> None:
 def test_config_refuses(change: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         replace(UnsirConfig(), **change)  # type: ignore[arg-type]
+
+
+def test_impressions_are_called_the_class_and_come_from_retained_images(tiny: Tiny) -> None:
+    split = replace(tiny.split, forget_classes=(3, 7))
+    impressions = learn_impressions(tiny.model, split, replace(SMALL, impressions_per_class=16), seed=0)
+    assert impressions.labels.tolist() == [3] * 16 + [7] * 16
+    with torch.no_grad():
+        logits = tiny.model.eval()(impressions.images)
+    assert (logits.argmax(1) == impressions.labels).double().mean() > 0.95
+
+
+def test_repair_unlearns_impressions(tiny: Tiny) -> None:
+    config = replace(SMALL, impressions_per_class=16, repair=TrainConfig(steps=60, lr=0.004, batch_size=64))
+    impressions = learn_impressions(tiny.model, tiny.split, config, seed=0)
+    journal = Journal()
+    repaired = repair(
+        tiny.model, tiny.split, config, original=tiny.model, impressions=impressions, seed=0, journal=journal
+    )
+    with torch.no_grad():
+        still = (repaired(impressions.images).argmax(1) == 3).double().mean().item()
+    assert still <= 0.1
+    assert 3 not in journal.phases[0].label_counts
+    with pytest.raises(InputError, match="impressions are unlearned by distillation"):
+        repair(
+            tiny.model,
+            tiny.split,
+            replace(config, repair_temperature=None),
+            original=tiny.model,
+            impressions=impressions,
+            seed=0,
+        )
+
+
+@pytest.mark.parametrize("phase", ["impair", "repair"])
+def test_a_forgotten_sample_that_hides_behind_its_listed_label_is_refused(tiny: Tiny, phase: str) -> None:
+    retain = tiny.split.retain
+    assert isinstance(retain, TensorImages)
+
+    class Liar(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
+        labels = torch.ones(64, dtype=torch.long)
+
+        def __len__(self) -> int:
+            return 64
+
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            return retain.images[index], 3
+
+    split = replace(tiny.split, retain=Liar())
+    noise = learn_noise(tiny.model, split, SMALL, seed=0)
+    phases = {
+        "impair": lambda: impair(tiny.model, split, noise, SMALL, seed=0),
+        "repair": lambda: repair(tiny.model, split, SMALL, original=tiny.model, seed=0),
+    }
+    with pytest.raises(InputError, match="retained sample bears the forgotten label 3"):
+        phases[phase]()
+
+
+def test_a_model_that_views_its_maps_works() -> None:
+    class Viewing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.maps = nn.Conv2d(1, 4, 3, padding=1)
+            self.answer = nn.Linear(256, 3)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            answers: torch.Tensor = self.answer(self.maps(images).view(len(images), -1))
+            return answers
+
+    torch.manual_seed(0)
+    unlearned = unsir(Viewing(), split_of(), SMALL, seed=0)
+    assert unlearned(torch.zeros(2, 1, 8, 8)).shape == (2, 3)
+
+
+def test_half_precision_models_are_refused_in_one_line() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).half()
+    with pytest.raises(InputError, match=r"expected a float32 model, got parameters of torch\.float16"):
+        unsir(model, split_of(), SMALL, seed=0)

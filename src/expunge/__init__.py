@@ -8,24 +8,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from expunge.data import TensorImages
     from expunge.errors import DivergedError, InputError
-    from expunge.evaluate import evaluate
+    from expunge.evaluation import evaluate
     from expunge.journal import Journal
     from expunge.methods import METHODS
-    from expunge.methods.unsir import UnsirConfig, impair, learn_noise, repair, unsir
+    from expunge.methods.unsir import UnsirConfig, impair, learn_impressions, learn_noise, repair, unsir
     from expunge.schema import Phase, Predictions, Preprocessing, Record, Split, TrainConfig
-    from expunge.train import predict, train
+    from expunge.training import predict, train
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "expunge.data": ("TensorImages",),
     "expunge.errors": ("DivergedError", "InputError"),
-    "expunge.evaluate": ("evaluate",),
+    "expunge.evaluation": ("evaluate",),
     "expunge.journal": ("Journal",),
     "expunge.methods": ("METHODS",),
-    "expunge.methods.unsir": ("UnsirConfig", "impair", "learn_noise", "repair", "unsir"),
+    "expunge.methods.unsir": ("UnsirConfig", "impair", "learn_impressions", "learn_noise", "repair", "unsir"),
     "expunge.schema": ("Phase", "Predictions", "Preprocessing", "Record", "Split", "TrainConfig"),
-    "expunge.train": ("predict", "train"),
+    "expunge.training": ("predict", "train"),
 }
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "UnsirConfig",
     "evaluate",
     "impair",
+    "learn_impressions",
     "learn_noise",
     "predict",
     "repair",

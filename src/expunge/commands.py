@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from expunge import __version__
 from expunge.config import as_json, override
@@ -15,18 +18,17 @@ from expunge.data import (
     draw,
     missing_classes,
     open_source,
-    resolve_classes,
     stage,
     without,
 )
 from expunge.errors import InputError
-from expunge.evaluate import evaluate
+from expunge.evaluation import evaluate
 from expunge.files import json_writer, write_atomically
 from expunge.journal import Journal
 from expunge.methods import METHODS, PRESETS
 from expunge.metrics import accuracy
 from expunge.schema import Record, Split, TrainConfig
-from expunge.train import predict, train
+from expunge.training import predict, train
 from expunge.weights import Metadata, save_weights, weights_writer
 from expunge.workspace import DataOptions, Workspace, align, open_workspace
 
@@ -84,17 +86,18 @@ def train_command(
     """
     journal = journal or Journal()
     check_writable(out)
-    workspace = open_workspace(data, model, None, seed=seed, device=device)
-    never = resolve_classes(leave_out, workspace.class_names) if leave_out else ()
+    workspace = open_workspace(data, model, None, leave_out=leave_out, seed=seed, device=device)
+    never = workspace.left_out
     preprocessing = workspace.preprocessing
     if workspace.source.mirror_safe if augment is None else augment:
         config = replace(config, flip=True, crop=min(preprocessing.size) // 8)
     table = without(workspace.source.train, never)
-    if len(table) == 0:
-        raise InputError("expected training images, found none")
+    held_out = without(workspace.test, never)
+    if len(held_out) == 0:
+        raise InputError("expected held-out images to test on, found none: add a test split, or more images a class")
     with journal.phase("read images", steps=None) as meter:
         staged = stage(table, preprocessing, skip_bad=data.skip_bad, seed=seed)
-        test = stage(without(workspace.test, never), preprocessing, skip_bad=data.skip_bad, shuffle=False)
+        test = stage(held_out, preprocessing, skip_bad=data.skip_bad, shuffle=False)
         meter.samples = len(staged.dataset) + len(test.dataset)
     checkpoint = out.with_name(out.name + ".resume")
     train(
@@ -119,7 +122,7 @@ def train_command(
             "seed": seed,
             "data": data.spec,
             "train_samples": len(staged.dataset),
-            "skipped_samples": staged.skipped + test.skipped,
+            "skipped_samples": staged.num_bad + test.num_bad,
             "test_accuracy": accuracy(answers.logits, answers.labels),
             "seconds": sum(phase.seconds for phase in journal.phases if phase.name == "train"),
         },
@@ -163,14 +166,15 @@ def forget_command(
     retain = retain or RetainOptions()
     config = override(_preset(method, preset), settings)
     check_writable(out / "record.json")
-    workspace = open_workspace(data, model, weights, seed=seed, device=device)
-    names = workspace.class_names
-    forget = resolve_classes(classes, names)
-    before = tuple(names.index(name) for name in workspace.metadata.forgotten if name in names)
-    notes = list(workspace.notes)
+    workspace = open_workspace(data, model, weights, leave_out=classes, seed=seed, device=device)
+    names, forget = workspace.class_names, workspace.left_out
+    before = tuple(label for label in workspace.gone_before if label not in forget)
     gone = {*forget, *before}
-    if len(gone) == len(names):
-        raise InputError("expected a class that is still remembered, but every class would be forgotten")
+    notes = list(workspace.notes)
+    if before:
+        notes.append(f"earlier requests removed {', '.join(names[label] for label in before)}: kept out too")
+    if len(workspace.test) == 0:
+        raise InputError("expected held-out images to measure on, found none: add a test split, or more images a class")
 
     table, dropped = _retain_table(workspace, data, retain, gone)
     sample = draw(table, per_class=retain.per_class, share=retain.share, seed=seed)
@@ -178,22 +182,11 @@ def forget_command(
         notes.append(f"dropped {dropped:,} images of forgotten classes from the retain sample, unread")
     if len(sample) == 0:
         raise InputError("expected a retain sample, found no image of a class to retain")
-    reference = None
-    if retrained is not None:
-        reference = open_workspace(data, model or workspace.spec.text, retrained, seed=seed, device=device)
-        if reference.class_names != names:
-            raise InputError(f"the classes of {retrained} are not those of {weights}")
-        unseen = set(reference.metadata.never_seen)
-        if reference.metadata.training is not None and not {names[label] for label in forget} <= unseen:
-            raise InputError(f"{retrained} was trained with a class to forget: its metadata names no such omission")
+    reference = _reference(data, retrained, workspace, device) if retrained is not None else None
     with journal.phase("read images", steps=None):
         retained = stage(sample, workspace.preprocessing, skip_bad=data.skip_bad, seed=seed)
-        test = stage(workspace.test, workspace.preprocessing, skip_bad=data.skip_bad, shuffle=False)
     if len(retained.dataset) == 0:
         raise InputError("expected a retain sample, found no image that can be decoded")
-    skipped = retained.skipped + test.skipped
-    if skipped:
-        notes.append(f"left out {skipped:,} images that cannot be decoded")
     absent = missing_classes(
         count_labels(retained.dataset), [label for label in range(len(names)) if label not in gone], names
     )
@@ -203,23 +196,29 @@ def forget_command(
     split = Split(
         forget_classes=forget,
         retain=retained.dataset,
-        test=test.dataset,
         class_names=names,
         preprocessing=workspace.preprocessing,
-        forgotten_before=tuple(label for label in before if label not in forget),
+        forgotten_before=before,
     )
-    journal.phases.clear()  # reading images is no part of the method
-    unlearned = METHODS[method](workspace.model, split.zero_glance(), config, seed=seed, journal=journal)
+    started = len(journal.phases)
+    unlearned = METHODS[method](workspace.model, split, config, seed=seed, journal=journal)
+    phases = journal.phases[started:]
+    # only now, when the method is done, are held-out images decoded, those of forgotten classes among them
+    test = stage(workspace.test, workspace.preprocessing, skip_bad=data.skip_bad, shuffle=False)
     record = evaluate(
         workspace.model,
         unlearned,
-        split,
-        reference.model if reference else None,
+        replace(split, test=test.dataset),
+        reference,
         method=method,
         config={"preset": preset} | as_json(config),
         seed=seed,
+        phases=phases,
         journal=journal,
     )
+    skipped = retained.num_bad + test.num_bad
+    if skipped:
+        notes.append(f"left out {skipped:,} images that cannot be decoded")
     record = replace(
         record,
         model=dict(record.model)
@@ -230,7 +229,7 @@ def forget_command(
             "retain_source": retain.source,
             "retain_per_class": retain.per_class,
             "retain_share": retain.share,
-            "retain_samples": len(retained.dataset),
+            "retain_samples": len(sample) - retained.num_bad,
             "dropped_forgotten": dropped,
             "skipped_bad": skipped,
         },
@@ -241,8 +240,9 @@ def forget_command(
         model=workspace.spec.text,
         class_names=names,
         preprocessing=workspace.preprocessing,
-        forgotten=tuple(names[label] for label in sorted(gone)),
+        forgotten=tuple(name for name in names if names.index(name) in forget or name in workspace.metadata.forgotten),
         made_by=f"expunge {__version__} forget",
+        training=None,  # its accuracy was the original's
     )
     files = (out / "unlearned.safetensors", out / "record.json")
     write_atomically({files[0]: weights_writer(unlearned, metadata), files[1]: json_writer(as_json(record))})
@@ -268,21 +268,19 @@ DEMO_SETTINGS = ("impair.batch_size=64", "repair.batch_size=64")  # of 900 image
 
 
 def check_writable(path: Path) -> None:
-    """Find out before the work whether its result can be written.
+    """Find out before the work whether its result can be written; leaves nothing behind.
 
     Raises:
         InputError: it cannot.
     """
-    folder = path.parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".{path.name}.probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror or error}") from error
     if path.is_dir():
         raise InputError(f"cannot write {path}: it is a folder")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write to {path.parent}: {error.strerror or error}") from error
 
 
 def _preset(method: str, preset: str) -> Any:
@@ -304,8 +302,10 @@ def _retain_table(
     """
     if retain.source is None:
         return without(workspace.source.train, gone), 0
-    source = open_source(retain.source, label_column=data.label_column, image_column=data.image_column)
-    source, _ = align(source, workspace.class_names)
+    source = workspace.source  # whose held-out images are cut off
+    if retain.source != data.spec:
+        source = open_source(retain.source, label_column=data.label_column, image_column=data.image_column)
+        source, _ = align(source, workspace.class_names)
     clean = without(source.train, gone)
     dropped = len(source.train) - len(clean)
     if dropped and not retain.drop_forgotten:
@@ -315,3 +315,21 @@ def _retain_table(
             "remove them, or pass --drop-forgotten"
         )
     return clean, dropped
+
+
+def _reference(data: DataOptions, weights: Path, workspace: Workspace, device: str | None) -> nn.Module:
+    """Return the retrained model, checked to answer the same question about the same images."""
+    reference = open_workspace(data, workspace.spec.text, weights, seed=0, device=device)
+    names = workspace.class_names
+    if reference.class_names != names:
+        raise InputError(f"the classes of {weights} are not those of the weights to forget from")
+    forget = {names[label] for label in workspace.left_out}
+    if reference.metadata.training is not None and not forget <= set(reference.metadata.never_seen):
+        raise InputError(f"{weights} was trained with a class to forget: its metadata names no such omission")
+    ours, theirs = workspace.preprocessing, reference.preprocessing
+    if (ours.size, ours.mean, ours.std) != (theirs.size, theirs.mean, theirs.std):
+        raise InputError(
+            f"{weights} was trained on images preprocessed otherwise than the weights to forget from: "
+            "train it with the same --size, --mean and --std"
+        )
+    return reference.model

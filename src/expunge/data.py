@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -71,6 +71,7 @@ class Source:
     class_names: tuple[str, ...]
     train: ImageTable
     test: ImageTable | None  # None: the source has no such split, see `with_test_split`
+    named: bool = True  # False: the source has numbers for labels and no names
     mirror_safe: bool = True  # a mirrored image keeps its class (not so for digits)
 
 
@@ -107,6 +108,7 @@ class StreamedImages(IterableDataset[Sample]):
         self.shuffle = shuffle
         self.skip_bad = skip_bad
         self.epoch = 0
+        self.bad: set[int] = set()  # positions that could not be decoded, as far as they were read
 
     def __len__(self) -> int:
         return len(self.table)
@@ -141,7 +143,10 @@ class StreamedImages(IterableDataset[Sample]):
     def _sample(self, position: int, payload: Any) -> Sample | None:
         name = self.table.name(int(self.table.rows[position]))
         image = decode(payload, self.preprocessing, name, skip_bad=self.skip_bad)
-        return None if image is None else (image, int(self.table.labels[position]))
+        if image is None:
+            self.bad.add(position)
+            return None
+        return image, int(self.table.labels[position])
 
 
 def shuffled(stream: Iterator[Sample], size: int, rng: np.random.Generator) -> Iterator[Sample]:
@@ -163,34 +168,30 @@ def open_source(
     *,
     label_column: str | None = None,
     image_column: str | None = None,
-    class_names: Sequence[str] | None = None,
 ) -> Source:
     """Open `digits`, a folder (class sub-folders or parquet), `hf:NAME` or `torchvision:NAME`; decodes nothing.
 
     Args:
         label_column: which column holds the label, where a source has several.
         image_column: which column holds the image, likewise.
-        class_names: in label order, where the source does not name its classes.
 
     Raises:
         InputError: the source is not there, has no labels or images, or its columns are ambiguous.
     """
     if spec == "digits":
-        tables, names = _open_digits()
+        tables, names, named = _open_digits()
     elif spec.startswith("hf:"):
-        tables, names = _open_hub(spec.removeprefix("hf:"), label_column, image_column)
+        tables, names, named = _open_hub(spec.removeprefix("hf:"), label_column, image_column)
     elif spec.startswith("torchvision:"):
-        tables, names = _open_torchvision(spec.removeprefix("torchvision:"))
+        tables, names, named = _open_torchvision(spec.removeprefix("torchvision:"))
     else:
         folder = Path(spec)
         if not folder.is_dir():
             raise InputError(f"no data at {spec!r}: expected 'digits', a folder, 'hf:NAME' or 'torchvision:NAME'")
         if any(folder.rglob("*.parquet")):
-            tables, names = _open_parquet(folder, label_column, image_column)
+            tables, names, named = _open_parquet(folder, label_column, image_column)
         else:
-            tables, names = _open_folders(folder)
-    if class_names is not None:
-        names = tuple(class_names)
+            tables, names, named = _open_folders(folder)
     train, test = tables.get("train"), tables.get("test")
     for part, table in tables.items():
         if len(table) == 0:
@@ -200,7 +201,7 @@ def open_source(
             raise InputError(f"expected labels 0 to {len(names) - 1} in {spec!r}, found {low if low < 0 else high}")
     if train is None:
         raise InputError(f"expected a train split in {spec!r}, found {', '.join(tables) or 'none'}")
-    return Source(spec, names, train, test, mirror_safe=spec != "digits")
+    return Source(spec, names, train, test, named=named, mirror_safe=spec != "digits")
 
 
 def with_test_split(source: Source) -> tuple[Source, ImageTable]:
@@ -211,7 +212,8 @@ def with_test_split(source: Source) -> tuple[Source, ImageTable]:
     return replace(source, train=train, test=test), test
 
 
-Opened = tuple[dict[str, ImageTable], tuple[str, ...]]
+Opened = tuple[dict[str, ImageTable], tuple[str, ...], bool]
+"""Tables by split (train, test), class names in label order, and whether the source named them."""
 
 
 def _open_digits() -> Opened:
@@ -224,22 +226,21 @@ def _open_digits() -> Opened:
         read=lambda rows: (Image.fromarray(pixels[row]) for row in rows),
         name=lambda row: f"digit {row}",
     )
-    return {"train": table}, tuple(str(name) for name in digits.target_names)
+    return {"train": table}, tuple(str(name) for name in digits.target_names), True
 
 
 def _open_folders(folder: Path) -> Opened:
     parts = {
-        "train": next((folder / name for name in ("train", "training") if (folder / name).is_dir()), None),
-        "test": next(
-            (folder / name for name in ("test", "val", "valid", "validation") if (folder / name).is_dir()), None
-        ),
+        name: folder / key for name, key in _choose_splits([p.name for p in folder.iterdir() if p.is_dir()]).items()
     }
-    if parts["train"] is None:
+    if "train" not in parts:
         parts = {"train": folder}
-    names = tuple(sorted({p.name for part in parts.values() if part for p in part.iterdir() if p.is_dir()}))
+    names = tuple(
+        sorted({p.name for part in parts.values() for p in part.iterdir() if p.is_dir() and not _hidden(p.name)})
+    )
     if not names:
         raise InputError(f"expected one sub-folder of images a class (or parquet files) in {str(folder)!r}, found none")
-    return {key: _folder_table(part, names) for key, part in parts.items() if part}, names
+    return {name: _folder_table(part, names) for name, part in parts.items()}, names, True
 
 
 def _folder_table(folder: Path, names: tuple[str, ...]) -> ImageTable:
@@ -249,7 +250,7 @@ def _folder_table(folder: Path, names: tuple[str, ...]) -> ImageTable:
         (path, label)
         for label, name in enumerate(names)
         for path in sorted((folder / name).rglob("*"))
-        if path.suffix.lower() in IMG_EXTENSIONS
+        if path.suffix.lower() in IMG_EXTENSIONS and not any(map(_hidden, path.relative_to(folder).parts))
     ]
     return ImageTable(
         labels=np.array([label for _, label in files], dtype=np.int64),
@@ -258,13 +259,36 @@ def _folder_table(folder: Path, names: tuple[str, ...]) -> ImageTable:
     )
 
 
+def _hidden(name: str) -> bool:
+    return name.startswith((".", "__MACOSX"))
+
+
+def _choose_splits(names: Sequence[str], *, others: bool = False) -> dict[str, str]:
+    """Return which of the splits called `names` is `train` and which is `test` (a validation split, if need be).
+
+    Args:
+        others: take the first split for train where none is called so.
+    """
+    known = {
+        "train": ("train", "training"),
+        "test": ("test", "testing", "validation", "valid", "val", "dev"),
+    }
+    found = {
+        part: next((name for word in words for name in names if name.lower() == word), None)
+        for part, words in known.items()
+    }
+    if others and found["train"] is None:
+        found["train"] = next((name for name in names if name != found["test"]), None)
+    return {part: name for part, name in found.items() if name is not None}
+
+
 def _open_parquet(folder: Path, label_column: str | None, image_column: str | None) -> Opened:
     import pyarrow.parquet as pq
 
-    files: dict[str, list[Path]] = {}
-    for path in sorted(folder.rglob("*.parquet")):
-        part = _split_of(str(path.relative_to(folder)))
-        files.setdefault(part, []).append(path)
+    groups: dict[str, list[Path]] = {}
+    for path in sorted(path for path in folder.rglob("*.parquet") if not _hidden(path.name)):
+        groups.setdefault(_split_word(str(path.relative_to(folder))), []).append(path)
+    files = {part: groups[group] for part, group in _choose_splits(list(groups), others=True).items()}
     try:
         first = next(iter(files.values()))[0]
         schema = pq.read_schema(first)
@@ -278,23 +302,26 @@ def _open_parquet(folder: Path, label_column: str | None, image_column: str | No
             raise
         raise InputError(f"cannot read the parquet files in {str(folder)!r}: {first_line(error)}") from error
     raw = {part: list(itertools.chain.from_iterable(parts)) for part, parts in read.items()}
-    labels, names = _encode(raw, names, columns[1])
-    return {
-        part: ImageTable(
-            labels=labels[part],
-            read=_parquet_reader(paths, columns[0]),
-            name=lambda row, part=part: f"row {row} of the {part} split of {folder}",  # type: ignore[misc]
-            random_access=False,
-        )
-        for part, paths in files.items()
-    }, names
+    labels, names, named = _encode(raw, names, columns[1])
+    return (
+        {
+            part: ImageTable(
+                labels=labels[part],
+                read=_parquet_reader(paths, columns[0]),
+                name=lambda row, part=part: f"row {row} of the {part} split of {folder}",  # type: ignore[misc]
+                random_access=False,
+            )
+            for part, paths in files.items()
+        },
+        names,
+        named,
+    )
 
 
-def _split_of(path: str) -> str:
+def _split_word(path: str) -> str:
+    """Return the word of a file's path that says its split (as in `test-00000-of-00001.parquet`), or nothing."""
     words = re.split(r"[^a-z]+", path.lower())
-    if "test" in words:
-        return "test"
-    return "test" if {"val", "valid", "validation"} & set(words) else "train"
+    return next(iter(_choose_splits(words).values()), "")
 
 
 def _columns(
@@ -340,18 +367,19 @@ def _choose(
 
 def _encode(
     raw: dict[str, list[Any]], names: tuple[str, ...], column: str
-) -> tuple[dict[str, Labels], tuple[str, ...]]:
-    """Turn raw labels, integers or strings, into int64 labels and class names."""
+) -> tuple[dict[str, Labels], tuple[str, ...], bool]:
+    """Turn raw labels, integers or strings, into int64 labels, class names, and whether those are the source's."""
     values = list(itertools.chain.from_iterable(raw.values()))
     if all(isinstance(value, str) for value in values):
         names = names or tuple(sorted(set(values)))
         index = {name: label for label, name in enumerate(names)}
-        return {part: np.array([index[v] for v in column_], dtype=np.int64) for part, column_ in raw.items()}, names
+        return {part: np.array([index[v] for v in own], dtype=np.int64) for part, own in raw.items()}, names, True
     if not all(isinstance(value, int) and not isinstance(value, bool) for value in values):
         kinds = ", ".join(sorted({type(value).__name__ for value in values}))
         raise InputError(f"expected integer or text labels in column {column!r}, found {kinds}; see --label-column")
+    named = bool(names)
     names = names or tuple(str(label) for label in range(max(values, default=-1) + 1))
-    return {part: np.array(column_, dtype=np.int64) for part, column_ in raw.items()}, names
+    return {part: np.array(own, dtype=np.int64) for part, own in raw.items()}, names, named
 
 
 def _parquet_reader(paths: Sequence[Path], column: str) -> Callable[[Labels], Iterator[Any]]:
@@ -395,18 +423,23 @@ def _open_hub(name: str, label_column: str | None, image_column: str | None) -> 
         loaded = datasets.load_dataset(name)
     except Exception as error:  # the hub client raises dozens of kinds: missing, gated, offline
         raise InputError(f"cannot load data set {name!r} from the hub: {first_line(error)}") from error
-    parts = {_split_of(str(key)): part for key, part in reversed(list(loaded.items()))}
+    chosen = _choose_splits([str(key) for key in loaded], others=True)
+    parts = {part: loaded[key] for part, key in chosen.items()}
     first = next(iter(parts.values()))
     (image, label), names = _columns(first.features.arrow_schema, label_column, image_column, f"hf:{name}")
-    labels, names = _encode({key: list(part[label]) for key, part in parts.items()}, names, label)
-    return {
-        key: ImageTable(
-            labels=labels[key],
-            read=_hub_reader(part.select_columns([image]).cast_column(image, datasets.Image(decode=False)), image),
-            name=lambda row, key=key: f"row {row} of the {key} split of hf:{name}",  # type: ignore[misc]
-        )
-        for key, part in parts.items()
-    }, names
+    labels, names, named = _encode({key: list(part[label]) for key, part in parts.items()}, names, label)
+    return (
+        {
+            key: ImageTable(
+                labels=labels[key],
+                read=_hub_reader(part.select_columns([image]).cast_column(image, datasets.Image(decode=False)), image),
+                name=lambda row, key=key: f"row {row} of the {key} split of hf:{name}",  # type: ignore[misc]
+            )
+            for key, part in parts.items()
+        },
+        names,
+        named,
+    )
 
 
 def _hub_reader(part: Any, column: str) -> Callable[[Labels], Iterator[Any]]:
@@ -430,15 +463,20 @@ def _open_torchvision(name: str) -> Opened:
         labels = {key: np.asarray(part.targets, dtype=np.int64) for key, part in parts.items()}
     except AttributeError:
         raise InputError(f"torchvision:{name} has no class labels (no 'targets')") from None
-    names = getattr(parts["train"], "classes", None) or range(int(labels["train"].max()) + 1)
-    return {
-        key: ImageTable(
-            labels=labels[key],
-            read=lambda rows, part=part: (part[int(row)][0] for row in rows),  # type: ignore[misc]
-            name=lambda row, key=key: f"image {row} of the {key} split of torchvision:{name}",  # type: ignore[misc]
-        )
-        for key, part in parts.items()
-    }, tuple(str(class_name) for class_name in names)
+    stated = getattr(parts["train"], "classes", None)
+    names = stated or range(int(labels["train"].max()) + 1)
+    return (
+        {
+            key: ImageTable(
+                labels=labels[key],
+                read=lambda rows, part=part: (part[int(row)][0] for row in rows),  # type: ignore[misc]
+                name=lambda row, key=key: f"image {row} of the {key} split of torchvision:{name}",  # type: ignore[misc]
+            )
+            for key, part in parts.items()
+        },
+        tuple(str(class_name) for class_name in names),
+        stated is not None,
+    )
 
 
 # Classes and samples
@@ -451,17 +489,21 @@ def resolve_classes(asked: Sequence[str | int], class_names: Sequence[str]) -> t
         InputError: a class is unknown or out of range, none is given, or all are.
     """
     labels: set[int] = set()
+    # where classes are called by numbers that are not their indices, a number can only be a name
+    numbered = any(re.fullmatch(r"-?\d+", name) for name in class_names) and list(class_names) != [
+        str(label) for label in range(len(class_names))
+    ]
     for item in _split_at_commas(asked, class_names):
         text = str(item).strip()
         if isinstance(item, str) and text in class_names:
             labels.add(list(class_names).index(text))
-        elif re.fullmatch(r"-?\d+", text):
+        elif re.fullmatch(r"-?\d+", text) and not (isinstance(item, str) and numbered):
             if not 0 <= int(text) < len(class_names):
                 raise InputError(f"class index {text} is out of range: expected 0 to {len(class_names) - 1}")
             labels.add(int(text))
         elif text:
             shown = ", ".join(class_names[:12]) + (", ..." if len(class_names) > 12 else "")
-            raise InputError(f"unknown class {text!r}: expected one of {shown} (or an index)")
+            raise InputError(f"unknown class {text!r}: expected one of {shown}{'' if numbered else ' (or an index)'}")
     if not labels:
         raise InputError("expected at least one class to forget, got none")
     if len(labels) == len(class_names):
@@ -479,9 +521,9 @@ def _split_at_commas(asked: Sequence[str | int], class_names: Sequence[str]) -> 
 
 def stratified_split(table: ImageTable, share: float, *, seed: int) -> tuple[ImageTable, ImageTable]:
     """Cut `share` of each class off, at random; a class of one image stays whole in the first part."""
-    rng = np.random.default_rng(seed)
     cut: list[Labels] = []
     for label in np.unique(table.labels):
+        rng = np.random.default_rng((seed, int(label)))  # one class's cut does not depend on which others are there
         rows = rng.permutation(np.flatnonzero(table.labels == label))
         cut.append(rows[: max(1, round(share * len(rows)))] if len(rows) > 1 else rows[:0])
     second = np.concatenate(cut)
@@ -515,9 +557,9 @@ def relabel(table: ImageTable, new_labels: Sequence[int]) -> ImageTable:
 
 
 def native_size(table: ImageTable, sample: int = 64) -> tuple[int, int] | None:
-    """Return the (height, width) that the first images share, or None where they differ or none can be decoded."""
+    """Return the (height, width) that images of the table share, or None where they differ or none can be decoded."""
     sizes = set()
-    rows = table.rows[:sample]
+    rows = _evenly(table, sample).rows
     for row, payload in zip(rows, table.read(rows), strict=True):
         try:
             sizes.add(_open_image(payload, table.name(int(row))).size)
@@ -529,9 +571,13 @@ def native_size(table: ImageTable, sample: int = 64) -> tuple[int, int] | None:
     return height, width
 
 
+def _evenly(table: ImageTable, most: int) -> ImageTable:
+    return table.select(np.unique(np.linspace(0, len(table) - 1, min(len(table), most)).astype(np.int64)))
+
+
 def native_channels(table: ImageTable) -> int:
     """Return 1 where the first image that can be decoded is grey, else 3."""
-    rows = table.rows[:64]
+    rows = _evenly(table, 64).rows
     for row, payload in zip(rows, table.read(rows), strict=True):
         try:
             return 1 if _open_image(payload, table.name(int(row))).mode in ("1", "L", "I", "I;16", "F") else 3
@@ -548,7 +594,7 @@ def _open_image(payload: Any, name: str) -> Image.Image:
             return Image.fromarray(payload)
         image = Image.open(io.BytesIO(payload) if isinstance(payload, bytes) else payload)
         image.load()
-        return image
+        return ImageOps.exif_transpose(image)
     except (OSError, ValueError, SyntaxError, TypeError, AttributeError, Image.DecompressionBombError) as error:
         raise InputError(f"cannot decode {name} ({first_line(error)}); remove it or pass --skip-bad") from error
 
@@ -564,7 +610,7 @@ def decode(payload: Any, preprocessing: Preprocessing, name: str, *, skip_bad: b
         if skip_bad:
             return None
         raise
-    image = image.convert("L" if preprocessing.channels == 1 else "RGB")
+    image = to_8_bits(image).convert("L" if preprocessing.channels == 1 else "RGB")
     height, width = preprocessing.size
     if image.size != (width, height):
         scale = max(width / image.width, height / image.height)
@@ -576,12 +622,30 @@ def decode(payload: Any, preprocessing: Preprocessing, name: str, *, skip_bad: b
     return pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
 
 
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """Return an image whose pixels are 8 bits deep; 16-bit grey is scaled down.
+
+    Raises:
+        InputError: pixels are 32-bit integers or floats, whose range nothing tells.
+    """
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise InputError(f"expected images of 8 or 16 bits a channel, got mode {image.mode!r}: convert them first")
+    return image
+
+
 @dataclass(frozen=True)
 class Staged:
-    """A table made ready for a model, and how many of its images could not be decoded and were left out."""
+    """A table made ready for a model."""
 
     dataset: TensorImages | StreamedImages
-    skipped: int
+    skipped: int  # images that could not be decoded when it was staged
+
+    @property
+    def num_bad(self) -> int:
+        """How many images could not be decoded and were left out; of a stream, as far as it was read."""
+        return self.skipped + (len(self.dataset.bad) if isinstance(self.dataset, StreamedImages) else 0)
 
 
 def stage(
@@ -619,8 +683,7 @@ def stage(
 
 def measure_statistics(table: ImageTable, size: tuple[int, int], channels: int) -> Preprocessing:
     """Return preprocessing whose mean and std are those of up to 2,000 images of `table`, evenly spaced."""
-    most = max(1, min(len(table), 2000, STAGE_LIMIT_BYTES // (channels * size[0] * size[1])))
-    sample = table.select(np.unique(np.linspace(0, len(table) - 1, most).astype(np.int64)))
+    sample = _evenly(table, max(1, min(2000, STAGE_LIMIT_BYTES // (channels * size[0] * size[1]))))
     plain = Preprocessing(size=size, mean=(0.0,) * channels, std=(1.0,) * channels, source="measured")
     staged = stage(sample, plain, skip_bad=True).dataset
     if not isinstance(staged, TensorImages) or len(staged) == 0:
@@ -634,15 +697,18 @@ def measure_statistics(table: ImageTable, size: tuple[int, int], channels: int) 
 
 
 def normalize(images: Tensor, preprocessing: Preprocessing | None) -> Tensor:
-    """Return model input: uint8 images scaled to [0, 1] and normalized; float images as they are.
+    """Return model input, float32: uint8 images scaled to [0, 1] and normalized; float images as they are.
 
     Raises:
-        InputError: images are uint8 and there is no preprocessing, or their channels do not match it.
+        InputError: images are integers other than uint8, or uint8 without a preprocessing of their channels.
     """
     if images.is_floating_point():
-        return images
-    if preprocessing is None:
-        raise InputError(f"expected float images, or uint8 images and a preprocessing; got {images.dtype} images alone")
+        return images.float()
+    if preprocessing is None or images.dtype != torch.uint8:
+        alone = " alone" if preprocessing is None else ""
+        raise InputError(
+            f"expected float images, or uint8 images and a preprocessing; got {images.dtype} images{alone}"
+        )
     if images.shape[1] != preprocessing.channels:
         raise InputError(
             f"expected images of {preprocessing.channels} channels, got {images.shape[1]}; see Preprocessing"

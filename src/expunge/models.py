@@ -17,7 +17,7 @@ from torch import nn
 
 from expunge.errors import InputError, first_line
 from expunge.schema import Preprocessing
-from expunge.train import evaluating, logits_of
+from expunge.training import device_of, evaluating, logits_of
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def build_model(spec: ModelSpec, *, num_classes: int, channels: int) -> nn.Modul
         raise InputError(f"cannot build model {spec.text!r}: {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise InputError(f"expected {spec.text!r} to give a torch.nn.Module, got {type(model).__name__}")
-    return model
+    return model.float()
 
 
 def takes_channels(spec: ModelSpec) -> int | None:
@@ -133,10 +133,9 @@ def check_model(model: nn.Module, preprocessing: Preprocessing, num_classes: int
         InputError: it refuses their shape, or does not give `num_classes` logits.
     """
     shape = (preprocessing.channels, *preprocessing.size)
-    parameter = next(model.parameters(), torch.zeros(()))
     try:
         with torch.no_grad(), evaluating(model):
-            width = logits_of(model(torch.zeros((2, *shape), device=parameter.device, dtype=parameter.dtype))).shape[1]
+            width = logits_of(model(torch.zeros((2, *shape), device=device_of(model)))).shape[1]
     except InputError:
         raise
     except Exception as error:  # the user's forward may raise anything

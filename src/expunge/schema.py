@@ -1,4 +1,4 @@
-"""The data that travels between the parts: frozen, checked on construction, without behaviour."""
+"""The data that travels between the parts: frozen, without behaviour beyond checks of itself."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Preprocessing:
     source: str = "given"  # who said so: given, metadata, timm, torchvision, hf, measured
 
     def __post_init__(self) -> None:
-        if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean):
+        if not self.mean or len(self.std) != len(self.mean):
             raise InputError(
-                f"expected mean and std of one or three channels each, got {len(self.mean)} and {len(self.std)} values"
+                f"expected a mean and a std for each channel, got {len(self.mean)} and {len(self.std)} values"
             )
         if min(self.std) <= 0 or not all(map(math.isfinite, (*self.mean, *self.std))):
             raise InputError(f"expected finite means and positive stds, got mean {self.mean}, std {self.std}")

@@ -124,7 +124,7 @@ def _adapted(model: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tens
         None, config=cast(Any, model).config, state_dict=dict(state), output_loading_info=True
     )
     complete = not (report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"])
-    return loaded.state_dict() if complete else state  # type: ignore[no-any-return]
+    return loaded.state_dict() if complete else state
 
 
 def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], Metadata]:

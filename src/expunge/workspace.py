@@ -17,7 +17,9 @@ from expunge.data import (
     native_size,
     open_source,
     relabel,
+    resolve_classes,
     with_test_split,
+    without,
 )
 from expunge.errors import InputError
 from expunge.models import (
@@ -57,6 +59,8 @@ class Workspace:
     model: nn.Module
     preprocessing: Preprocessing
     metadata: Metadata
+    left_out: tuple[int, ...]  # labels of the classes that were asked to be left out
+    gone_before: tuple[int, ...]  # labels the weights say were forgotten or never seen
     notes: tuple[str, ...]  # sentences a person should read
 
     @property
@@ -65,13 +69,20 @@ class Workspace:
 
 
 def open_workspace(
-    data: DataOptions, model: str | None, weights: Path | None, *, seed: int, device: str | None = None
+    data: DataOptions,
+    model: str | None,
+    weights: Path | None,
+    *,
+    leave_out: Sequence[str] = (),
+    seed: int,
+    device: str | None = None,
 ) -> Workspace:
     """Open the data, build the model, load its weights, and check that they fit.
 
     Args:
         model: the model string; None: the one in the metadata of the weights.
         weights: None for fresh weights, drawn from `seed`.
+        leave_out: classes (name or index) whose training images are not read, not even to measure mean and std.
         device: where the model goes; None: a GPU where there is one.
 
     Raises:
@@ -82,10 +93,18 @@ def open_workspace(
     names = data.class_names or metadata.class_names or None
     source = open_source(data.spec, label_column=data.label_column, image_column=data.image_column)
     source, notes = align(source, names)
+    left_out = resolve_classes(leave_out, source.class_names) if leave_out else ()
+    unknown = [name for name in (*metadata.forgotten, *metadata.never_seen) if name not in source.class_names]
+    if unknown:
+        raise InputError(f"the weights say they forgot {', '.join(unknown)}, which is no class of --class-names")
+    before = {source.class_names.index(name) for name in (*metadata.forgotten, *metadata.never_seen)}
     source, test = with_test_split(source)
+    readable = without(source.train, {*left_out, *before})
+    if len(readable) == 0:
+        raise InputError(f"expected images of a class to keep in {data.spec!r}, found none")
     channels = data.channels or (metadata.preprocessing.channels if metadata.preprocessing else takes_channels(spec))
     if channels is None:
-        channels = native_channels(source.train)
+        channels = native_channels(readable)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = build_model(spec, num_classes=len(source.class_names), channels=channels)
@@ -100,9 +119,12 @@ def open_workspace(
                 f"the weights in {weights} have {width} outputs, the data has {len(source.class_names)} classes; "
                 "name all classes in the order of the outputs with --class-names"
             ) from error
-    preprocessing = _preprocessing(data, metadata, spec, network, source.train, channels)
+    preprocessing = _preprocessing(data, metadata, spec, network, readable, channels)
     check_model(network, preprocessing, len(source.class_names))
-    return Workspace(source, test, spec, network.to(pick_device(device)), preprocessing, metadata, tuple(notes))
+    network = network.to(pick_device(device))
+    return Workspace(
+        source, test, spec, network, preprocessing, metadata, left_out, tuple(sorted(before)), tuple(notes)
+    )
 
 
 def pick_device(device: str | None) -> torch.device:
@@ -123,22 +145,24 @@ def pick_device(device: str | None) -> torch.device:
 
 
 def _model_text(model: str | None, metadata: Metadata) -> str:
-    text = model or metadata.model
-    if text is None:
+    if model is not None:
+        return model
+    if metadata.model is None:
         raise InputError("the weights do not say which model they belong to: name it with --model")
-    return text
+    if parse_model(metadata.model).family == "file" or "trust_remote_code" in metadata.model:
+        raise InputError(f"the weights name model {metadata.model!r}, whose code would be run: confirm it with --model")
+    return metadata.model
 
 
 def align(source: Source, names: Sequence[str] | None) -> tuple[Source, list[str]]:
     """Return the source with its labels in the order of `names`, the model's outputs, and what to say of it."""
     own = source.class_names
+    if names is not None and len(set(names)) != len(names):
+        raise InputError("expected class names that differ from each other")
     if names is None or tuple(names) == own:
         return source, []
-    unnamed = own == tuple(str(label) for label in range(len(own)))
-    if unnamed and len(names) >= len(own):
+    if not source.named and len(names) >= len(own):
         return replace(source, class_names=tuple(names)), []
-    if len(set(names)) != len(names):
-        raise InputError("expected class names that differ from each other")
     unknown = [name for name in own if name not in names]
     if unknown:
         raise InputError(

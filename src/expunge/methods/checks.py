@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch.utils.data import IterableDataset
 from expunge.data import count_labels, normalize
 from expunge.errors import InputError
 from expunge.schema import Split
-from expunge.train import as_tensor, device_of, evaluating, logits_of
+from expunge.training import as_tensor, check_float32, device_of, evaluating, logits_of
 
 
 def check_zero_glance(model: nn.Module, split: Split) -> dict[int, int]:
@@ -22,7 +21,12 @@ def check_zero_glance(model: nn.Module, split: Split) -> dict[int, int]:
         InputError: there is no class to forget, or all are; a label is out of range; the split carries forget samples;
             the retain sample is empty or has a sample of a forgotten class.
     """
+    check_float32(model)
     num_classes = count_classes(model, split)
+    if split.class_names and len(split.class_names) != num_classes:
+        raise InputError(
+            f"expected {num_classes} class names, as many as the model has logits, got {len(split.class_names)}"
+        )
     classes = split.forget_classes
     if not classes:
         raise InputError("expected at least one class to forget, got none")
@@ -66,7 +70,7 @@ def first_image(split: Split) -> Tensor:
     retain: Any = split.retain
     if hasattr(retain, "__len__") and len(retain) == 0:
         raise InputError("expected a retain sample, got an empty one")
-    sample = next(cast(Iterator[Any], iter(retain)), None) if isinstance(retain, IterableDataset) else retain[0]
+    sample = next(iter(retain), None) if isinstance(retain, IterableDataset) else retain[0]
     if sample is None:
         raise InputError("expected a retain sample, got an empty one")
     return normalize(as_tensor(sample[0]).unsqueeze(0), split.preprocessing)[0]

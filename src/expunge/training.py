@@ -1,15 +1,15 @@
-"""The only loops over batches: `train` and `predict`, on one device or many (Accelerate).
+"""The only loops over batches: `train` and `predict`, on Accelerate. A model runs where its parameters are.
 
-A model runs where its parameters are. Under `accelerate launch` or torchrun each process takes its share of every
-batch and the results are those of one process up to rounding.
+One process for now: several are refused rather than run to other results.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import pickle
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from expunge.data import normalize
+from expunge.data import count_labels, normalize, to_8_bits
 from expunge.errors import DivergedError, InputError
 from expunge.files import write_atomically
 from expunge.journal import Journal
@@ -49,6 +49,7 @@ def train(
     phase: str = "train",
     checkpoint: Path | None = None,
     identity: str = "",
+    refused: Collection[int] = (),
 ) -> None:
     """Train `model` in place, in train mode, and leave it in eval mode. Parameters without `requires_grad` stay.
 
@@ -60,19 +61,23 @@ def train(
         checkpoint: a file in which each finished epoch is kept, and from which an interrupted training goes on, to
             the same result bit for bit on CPU. The caller removes it when the result is safe.
         identity: what else, besides config and seed, a checkpoint must agree in: which data, which model.
+        refused: labels that no sample of `dataset` may bear; one that does stops the training before it is used.
 
     Raises:
         DivergedError: the loss became NaN or infinite.
-        InputError: there is nothing to train or to train on, or the checkpoint is of another training.
+        InputError: there is nothing to train or to train on, a sample is refused, or the checkpoint is of another
+            training.
     """
     device = device_of(model)
-    model.to(memory_format=torch.channels_last)  # convolutions run a fifth faster, on CPU as on GPU
+    check_float32(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise InputError("expected a model with parameters to train: all of them have requires_grad=False")
-    accelerator = Accelerator(device_placement=False, cpu=device.type == "cpu")
+    accelerator = _accelerator()
     mixed = _mix(dataset, synthetic, seed)
     loader = _loader(mixed, config.batch_size, shuffle=True)
+    if min(config.batch_size, len(mixed)) == 1 and any(map(has_running_statistics, model.modules())):
+        raise InputError("a model with BatchNorm cannot train on batches of one image: give more images a batch")
     epochs = config.epochs if config.steps is None else math.ceil(config.steps / max(1, len(loader)))
     steps = config.steps or max(1, len(loader)) * epochs
     optimizer = _optimizer(parameters, config)
@@ -83,21 +88,28 @@ def train(
     runner, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
     loss_of = objective or (lambda logits, _, labels: F.cross_entropy(logits, labels))
     left = steps - first_epoch * len(loader)
+    layout: torch.memory_format | None = None
 
     with (journal or Journal()).phase(phase, steps=left) as meter:
         for epoch in range(first_epoch, epochs):
             meter.start_epoch()
             model.train()
             statistics = nullcontext() if config.update_norm_statistics else kept_statistics(model)
-            with seeded(_epoch_seed(seed, epoch), device), statistics:
+            with seeded(_epoch_seed(seed, epoch)), statistics:
                 if hasattr(loader, "set_epoch"):
                     loader.set_epoch(epoch)
                 for batch in loader:
                     if meter.steps == left:
                         break
+                    real = _real_labels(batch)
+                    if not real.keys().isdisjoint(refused):
+                        raise InputError(
+                            f"a retained sample bears the forgotten label {min(real.keys() & set(refused))}"
+                        )
                     images, labels = _inputs(batch, preprocessing, device)
                     images = augment(images, config)
-                    logits = logits_of(runner(images))
+                    layout = layout or fastest_layout(model, images)
+                    logits = logits_of(runner(images.contiguous(memory_format=layout)))
                     loss = loss_of(logits, images, labels)
                     value = loss.item()
                     if not math.isfinite(value):
@@ -113,7 +125,7 @@ def train(
                     scheduler.step()
                     correct = int((logits.detach().argmax(1) == labels).sum())
                     meter.step(loss=value, samples=len(labels), correct=correct)
-                    meter.read(_real_labels(batch))
+                    meter.read(real)
             if checkpoint is not None and accelerator.is_main_process:
                 fingerprint = _fingerprint(config, seed, identity)
                 _save_checkpoint(checkpoint, model, optimizer, scheduler, fingerprint, epoch + 1)
@@ -144,11 +156,12 @@ def predict(
         InputError: the data set is empty.
     """
     device = device_of(model)
-    accelerator = Accelerator(device_placement=False, cpu=device.type == "cpu")
+    check_float32(model)
+    accelerator = _accelerator()
     loader = accelerator.prepare(_loader(_mix(dataset, None, 0), batch_size, shuffle=False))
     logits: list[Tensor] = []
     labels: list[Tensor] = []
-    with evaluating(model), seeded(0, device), (journal or Journal()).phase(phase, steps=len(loader)) as meter:
+    with evaluating(model), seeded(0), (journal or Journal()).phase(phase, steps=len(loader)) as meter:
         for batch in loader:
             images, truth = _inputs(batch, preprocessing, device)
             answer, truth = accelerator.gather_for_metrics((logits_of(model(images)), truth))
@@ -182,6 +195,29 @@ def logits_of(output: Any) -> Tensor:
     return logits
 
 
+def check_float32(model: nn.Module) -> None:
+    """Raise InputError unless all floating parameters are float32: images come as float32."""
+    other = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32), None)
+    if other is not None:
+        raise InputError(f"expected a float32 model, got parameters of {other}: call model.float() on a copy")
+
+
+def fastest_layout(model: nn.Module, images: Tensor) -> torch.memory_format:
+    """Return channels_last, in which convolutions train a fifth faster here, and bring `model` into it.
+
+    A model that views its feature maps as contiguous memory cannot run in it: then contiguous, and it stays as it is.
+    """
+    probe = images[:1].contiguous(memory_format=torch.channels_last)
+    trial = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    try:
+        with torch.no_grad(), evaluating(trial):
+            trial(probe)
+    except RuntimeError:
+        return torch.contiguous_format
+    model.to(memory_format=torch.channels_last)
+    return torch.channels_last
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put `model` into eval mode, and each of its modules back into its own mode afterwards."""
@@ -195,11 +231,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Draw from a random state of `seed`, and put the caller's back afterwards."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)  # of all devices, so all are forked
         yield
 
 
@@ -222,6 +257,14 @@ def kept_statistics(model: nn.Module) -> Iterator[None]:
         for layer, buffers in zip(layers, kept, strict=True):
             for name, buffer in layer.named_buffers(recurse=False):
                 buffer.copy_(buffers[name])
+
+
+def _accelerator() -> Accelerator:
+    """The engine; models and batches are placed here, and precision is the caller's."""
+    accelerator = Accelerator(device_placement=False, mixed_precision="no")
+    if accelerator.num_processes > 1:
+        raise InputError(f"expected one process, got {accelerator.num_processes}: several are not supported yet")
+    return accelerator
 
 
 # Batches
@@ -271,12 +314,13 @@ class _TaggedStream(IterableDataset[tuple[Any, Any, bool]]):
 
     def __init__(self, real: Any, synthetic: Any | None, seed: int) -> None:
         self.real = real
+        self.size = len(real) if hasattr(real, "__len__") else sum(count_labels(real).values())
         self.synthetic = synthetic
         self.seed = seed
         self.epoch = 0
 
     def __len__(self) -> int:
-        return len(self.real) + (len(self.synthetic) if self.synthetic is not None else 0)
+        return self.size + (len(self.synthetic) if self.synthetic is not None else 0)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -286,7 +330,7 @@ class _TaggedStream(IterableDataset[tuple[Any, Any, bool]]):
     def __iter__(self) -> Iterator[tuple[Any, Any, bool]]:
         rng = np.random.default_rng((self.seed, self.epoch, 1))
         waiting = rng.permutation(len(self.synthetic) if self.synthetic is not None else 0).tolist()
-        to_come = len(self.real)
+        to_come = self.size
         for image, label in self.real:
             while waiting and rng.random() < len(waiting) / (len(waiting) + max(1, to_come)):
                 yield (*cast(Any, self.synthetic)[waiting.pop()], False)
@@ -298,8 +342,6 @@ class _TaggedStream(IterableDataset[tuple[Any, Any, bool]]):
 
 def _mix(real: Dataset[Any], synthetic: Dataset[Any] | None, seed: int) -> Any:
     if isinstance(real, IterableDataset):
-        if not hasattr(real, "__len__"):
-            raise InputError("expected an iterable data set that knows its length: give it a __len__")
         return _TaggedStream(real, synthetic, seed)
     return _Tagged(real, synthetic)
 
@@ -344,6 +386,8 @@ def _piece(samples: list[tuple[Any, Any]]) -> Piece | None:
 def as_tensor(image: Any) -> Tensor:
     """Return one image, a tensor or PIL image, as a tensor (channels, H, W)."""
     if isinstance(image, Image.Image):
+        image = to_8_bits(image)
+        image = image if image.mode in ("L", "RGB") else image.convert("RGB")
         pixels = torch.from_numpy(np.array(image))
         return pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.permute(2, 0, 1)
     if not isinstance(image, Tensor) or image.ndim != 3:
@@ -357,8 +401,7 @@ def _inputs(
 ) -> Piece:
     pieces = [piece for piece in batch if piece is not None]
     images = [normalize(images.to(device, non_blocking=True), preprocessing) for images, _ in pieces]
-    inputs = torch.cat(images).contiguous(memory_format=torch.channels_last)
-    return inputs, torch.cat([labels for _, labels in pieces]).to(device)
+    return torch.cat(images), torch.cat([labels for _, labels in pieces]).to(device)
 
 
 def _real_labels(batch: tuple[Piece | None, Piece | None]) -> Counter[int]:

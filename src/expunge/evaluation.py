@@ -23,7 +23,7 @@ from expunge.metrics import (
     prediction_distribution,
 )
 from expunge.schema import Phase, Predictions, Record, Split
-from expunge.train import device_of, predict
+from expunge.training import device_of, predict
 
 
 def evaluate(
@@ -35,6 +35,7 @@ def evaluate(
     method: str = "unknown",
     config: Mapping[str, Any] | None = None,
     seed: int | None = None,
+    phases: Sequence[Phase] = (),
     journal: Journal | None = None,
 ) -> Record:
     """Measure the models on `split.test`, and on `split.forget` where it is given; none of them is changed.
@@ -45,10 +46,11 @@ def evaluate(
     Args:
         original: the model before.
         unlearned: the model after, made by any method.
-        split: with a test set; the retain sample is not read.
+        split: with a test set; of the retain sample only labels are read.
         retrained: a model trained without the forget classes.
         method: recorded, as are `config` and `seed`.
-        journal: of the method's run, for its cost; evaluation adds its own phases.
+        phases: of the method's run, for its cost.
+        journal: to which evaluation adds its own phases.
 
     Raises:
         InputError: there is no test set, or the models do not fit each other or the data.
@@ -56,7 +58,7 @@ def evaluate(
     if split.test is None:
         raise InputError("expected split.test, held-out samples to measure on, got None")
     journal = journal or Journal()
-    method_phases = list(journal.phases)
+    started = len(journal.phases)
     models = {"before": original, "after": unlearned} | ({"retrained": retrained} if retrained is not None else {})
     metrics: dict[str, Any] = {}
     answers: dict[str, Predictions] = {}
@@ -77,7 +79,7 @@ def evaluate(
     num_classes = answers["before"].logits.shape[1]
     names = _names(split, num_classes)
     handed = count_labels(split.retain)
-    evaluation_phases = journal.phases[len(method_phases) :]
+    evaluation_phases = journal.phases[started:]
     return Record(
         method=method,
         config=dict(config or {}),
@@ -95,10 +97,10 @@ def evaluate(
             "test_forget_samples": int(_is_forget(answers["before"], split).sum()),
         },
         metrics=metrics,
-        cost=cost_of(method_phases, evaluation_phases),
+        cost=cost_of(phases, evaluation_phases),
         samples_read={
             "retain_sample": {name: handed.get(label, 0) for label, name in enumerate(names)},
-            "method": _by_name(method_phases, names),
+            "method": _by_name(phases, names),
             "evaluation": _by_name([phase for phase in evaluation_phases if phase.name == "evaluate after"], names),
         },
         environment=environment(unlearned),
@@ -109,6 +111,8 @@ def evaluate(
 def measures(answers: Predictions, split: Split) -> dict[str, Any]:
     """Return what one model's answers on the test set say; keys as documented in docs/record.md."""
     logits, labels = answers.logits, answers.labels
+    if split.class_names and len(split.class_names) != logits.shape[1]:
+        raise InputError(f"expected {logits.shape[1]} class names, one a logit, got {len(split.class_names)}")
     if not torch.isfinite(logits).all():
         raise InputError("the model gives NaN or infinite logits: it cannot be measured")
     forget = _is_forget(answers, split)
@@ -116,14 +120,13 @@ def measures(answers: Predictions, split: Split) -> dict[str, Any]:
     others = ~torch.isin(labels, torch.tensor(gone))
     names = _names(split, logits.shape[1])
     kept, lost = bool(others.any()), bool(forget.any())
-    retained_rows = per_class_accuracy(logits, labels)
     masked = logits.clone()
     masked[:, gone] = -torch.inf
     distribution = prediction_distribution(logits[forget]) if lost else None
     return {
         "forget_accuracy": accuracy(logits[forget], labels[forget]) if lost else None,
         "retain_accuracy": accuracy(logits[others], labels[others]) if kept else None,
-        "per_class_accuracy": dict(zip(names, retained_rows, strict=True)),
+        "per_class_accuracy": dict(zip(names, per_class_accuracy(logits, labels), strict=True)),
         "masked_forget_accuracy": masked_accuracy(logits[forget], labels[forget], gone) if lost else None,
         "masked_retain_accuracy": masked_accuracy(logits[others], labels[others], gone) if kept else None,
         "masked_per_class_accuracy": dict(zip(names, per_class_accuracy(masked, labels), strict=True)),
