@@ -21,6 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("weights", "retrained", "data", "classes", "out"):
         parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--model", help="where the weights do not name it, or name a file")
     parser.add_argument("--presets", default="notebook,paper,default")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--retain-per-class", type=int, default=1000)
@@ -47,6 +48,7 @@ def run_cell(options: argparse.Namespace, preset: str, seed: int) -> dict[str, A
     if not (folder / "record.json").exists():
         command = [sys.executable, "-m", "expunge.cli", "forget", "--weights", options.weights]
         command += ["--retrained", options.retrained, "--data", options.data, "--classes", options.classes]
+        command += ["--model", options.model] if options.model else []
         command += ["--retain-per-class", str(options.retain_per_class), "--preset", preset]
         command += ["--seed", str(seed), "--out", str(folder), "--quiet"]
         code = subprocess.run(command, check=False).returncode

@@ -260,6 +260,8 @@ def test_a_forgotten_sample_that_hides_behind_its_listed_label_is_refused(tiny: 
     retain = tiny.split.retain
     assert isinstance(retain, TensorImages)
 
+    images = retain.images
+
     class Liar(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
         labels = torch.ones(64, dtype=torch.long)
 
@@ -267,7 +269,7 @@ def test_a_forgotten_sample_that_hides_behind_its_listed_label_is_refused(tiny: 
             return 64
 
         def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-            return retain.images[index], 3
+            return images[index], 3
 
     split = replace(tiny.split, retain=Liar())
     noise = learn_noise(tiny.model, split, SMALL, seed=0)

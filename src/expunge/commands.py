@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from expunge import __version__
 from expunge.config import as_json, override
 from expunge.data import (
@@ -172,7 +170,8 @@ def forget_command(
     gone = {*forget, *before}
     notes = list(workspace.notes)
     if before:
-        notes.append(f"earlier requests removed {', '.join(names[label] for label in before)}: kept out too")
+        listed = ", ".join(names[label] for label in before)
+        notes.append(f"kept out too, for the weights say they were forgotten or never seen: {listed}")
     if len(workspace.test) == 0:
         raise InputError("expected held-out images to measure on, found none: add a test split, or more images a class")
 
@@ -209,7 +208,8 @@ def forget_command(
         workspace.model,
         unlearned,
         replace(split, test=test.dataset),
-        reference,
+        reference.model if reference else None,
+        retrained_preprocessing=reference.preprocessing if reference else None,
         method=method,
         config={"preset": preset} | as_json(config),
         seed=seed,
@@ -317,8 +317,8 @@ def _retain_table(
     return clean, dropped
 
 
-def _reference(data: DataOptions, weights: Path, workspace: Workspace, device: str | None) -> nn.Module:
-    """Return the retrained model, checked to answer the same question about the same images."""
+def _reference(data: DataOptions, weights: Path, workspace: Workspace, device: str | None) -> Workspace:
+    """Open the retrained model, checked to answer the same question about the same images."""
     reference = open_workspace(data, workspace.spec.text, weights, seed=0, device=device)
     names = workspace.class_names
     if reference.class_names != names:
@@ -327,9 +327,6 @@ def _reference(data: DataOptions, weights: Path, workspace: Workspace, device: s
     if reference.metadata.training is not None and not forget <= set(reference.metadata.never_seen):
         raise InputError(f"{weights} was trained with a class to forget: its metadata names no such omission")
     ours, theirs = workspace.preprocessing, reference.preprocessing
-    if (ours.size, ours.mean, ours.std) != (theirs.size, theirs.mean, theirs.std):
-        raise InputError(
-            f"{weights} was trained on images preprocessed otherwise than the weights to forget from: "
-            "train it with the same --size, --mean and --std"
-        )
-    return reference.model
+    if (ours.size, ours.channels) != (theirs.size, theirs.channels):
+        raise InputError(f"{weights} takes images of another size than the weights to forget from: see --size")
+    return reference

@@ -22,7 +22,7 @@ from expunge.metrics import (
     per_class_accuracy,
     prediction_distribution,
 )
-from expunge.schema import Phase, Predictions, Record, Split
+from expunge.schema import Phase, Predictions, Preprocessing, Record, Split
 from expunge.training import device_of, predict
 
 
@@ -32,6 +32,7 @@ def evaluate(
     split: Split,
     retrained: nn.Module | None = None,
     *,
+    retrained_preprocessing: Preprocessing | None = None,
     method: str = "unknown",
     config: Mapping[str, Any] | None = None,
     seed: int | None = None,
@@ -48,6 +49,7 @@ def evaluate(
         unlearned: the model after, made by any method.
         split: with a test set; of the retain sample only labels are read.
         retrained: a model trained without the forget classes.
+        retrained_preprocessing: its own, where it differs from `split.preprocessing` in mean and std.
         method: recorded, as are `config` and `seed`.
         phases: of the method's run, for its cost.
         journal: to which evaluation adds its own phases.
@@ -63,13 +65,15 @@ def evaluate(
     metrics: dict[str, Any] = {}
     answers: dict[str, Predictions] = {}
     for role, model in models.items():
+        own = retrained_preprocessing if role == "retrained" else None
+        preprocessing = own or split.preprocessing
         answers[role] = predict(
-            model, split.test, preprocessing=split.preprocessing, journal=journal, phase=f"evaluate {role}"
+            model, split.test, preprocessing=preprocessing, journal=journal, phase=f"evaluate {role}"
         )
         metrics[role] = measures(answers[role], split)
         if split.forget is not None:
             trained_on = predict(
-                model, split.forget, preprocessing=split.preprocessing, journal=journal, phase=f"evaluate {role}"
+                model, split.forget, preprocessing=preprocessing, journal=journal, phase=f"evaluate {role}"
             )
             metrics[role]["forget_train_accuracy"] = accuracy(trained_on.logits, trained_on.labels)
     metrics["after"]["weight_distance"] = {"to_original": layer_distances(unlearned, original)}

@@ -41,9 +41,7 @@ class UnsirConfig:
     noise_per_class: int = 32  # images learned for each forget class
     noise_steps: int = 40  # Adam steps, as in the notebook: 5 epochs of 8
     noise_lr: float = 0.1  # notebook
-    noise_penalty: float = (
-        3.0  # weight of the mean squared pixel; the notebook's 0.1 on the sum is 307.2 at 3 x 32 x 32
-    )
+    noise_penalty: float = 3.0  # weight of the mean squared pixel; the notebook's 0.1 on the sum is 307.2 at 3x32x32
     noise_share: float = 0.4  # of the images in impair, in (0, 1)
     noise_repeats: int | None = None  # times each noise image is shown in a pass; None: as noise_share asks
     impair: TrainConfig = field(
@@ -123,7 +121,7 @@ def unsir(
         model: gives logits (N, C) for images (N, channels, H, W); it is not changed.
         split: the classes to forget and a retain sample without them; `split.forget` must be None.
         seed: of all randomness; the same seed gives the same weights, bit for bit on CPU.
-        journal: collects seconds, steps and samples of the three phases.
+        journal: collects seconds, steps and samples of each phase.
 
     Raises:
         InputError: the split holds forget samples, no or unusable classes, or no retain sample.

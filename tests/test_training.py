@@ -270,7 +270,7 @@ def test_iterable_data_set() -> None:
     assert (answers.logits.argmax(1) == answers.labels).float().mean() > 0.6
 
 
-class Endless(IterableDataset[Any]):
+class Empty(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         return iter(())
 
@@ -279,7 +279,7 @@ class Endless(IterableDataset[Any]):
     ("data", "message"),
     [
         (TensorImages(torch.zeros(0, 1, 4, 4), torch.zeros(0)), "expected a data set with samples"),
-        (Endless(), "knows its length"),
+        (Empty(), "expected a data set with samples"),
         (TensorDataset(torch.zeros(4, 4, 4), torch.zeros(4)), r"expected images as tensors .*got a tensor \(4, 4\)"),
         (TensorDataset(torch.zeros(4, 1, 4, 4, dtype=torch.uint8), torch.zeros(4)), "preprocessing"),
     ],
