@@ -14,6 +14,7 @@ from rich.console import Console
 if TYPE_CHECKING:
     from expunge.commands import Outcome
     from expunge.journal import Journal
+    from expunge.schema import Phase
     from expunge.workspace import DataOptions
 
 app = typer.Typer(
@@ -401,9 +402,7 @@ def _journal(quiet: bool) -> Iterator[Journal]:
         return
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield Journal(
-            report=lambda phase: typer.echo(f"{phase.name}: {phase.steps} steps, {phase.seconds:.1f} s", err=True)
-        )
+        yield Journal(report=_report)
         return
     columns = (
         TextColumn("{task.description:<18}"),
@@ -415,6 +414,11 @@ def _journal(quiet: bool) -> Iterator[Journal]:
     )
     with Progress(*columns, console=console) as progress:
         yield Journal(progress)
+
+
+def _report(phase: Phase) -> None:
+    steps = f"{phase.steps} steps, " if phase.steps else ""
+    typer.echo(f"{phase.name}: {steps}{phase.seconds:.1f} s", err=True)
 
 
 def _finish(outcome: Outcome, quiet: bool) -> None:
@@ -430,7 +434,7 @@ def _finish(outcome: Outcome, quiet: bool) -> None:
 def _show(metrics: Mapping[str, Any], forgotten: Sequence[str], outcome: Outcome) -> None:
     from rich.table import Table
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False)
     roles = [role for role in ("before", "after", "retrained") if role in metrics]
     table = Table("accuracy on held-out images", *roles, box=None, header_style="bold", pad_edge=False)
     for column in table.columns[1:]:
@@ -448,7 +452,8 @@ def _show(metrics: Mapping[str, Any], forgotten: Sequence[str], outcome: Outcome
     console.print(table)
     console.print()
     for sentence in _sentences(outcome):
-        console.print(_plain(sentence))
+        console.print(sentence, markup=False)
+    console.print(f"Wrote {', '.join(str(path) for path in outcome.files)}", markup=False, soft_wrap=True)
 
 
 def _sentences(outcome: Outcome) -> Iterator[str]:
@@ -481,7 +486,6 @@ def _sentences(outcome: Outcome) -> Iterator[str]:
     height, width = preprocessing["size"]
     yield f"Images: {height}x{width}, mean and std {_source(preprocessing['source'])}."
     yield from (f"Note: {note}." for note in outcome.notes)
-    yield f"Wrote {', '.join(str(path) for path in outcome.files)}"
 
 
 def _source(source: str) -> str:

@@ -98,6 +98,7 @@ def train_command(
         test = stage(held_out, preprocessing, skip_bad=data.skip_bad, shuffle=False)
         meter.samples = len(staged.dataset) + len(test.dataset)
     checkpoint = out.with_name(out.name + ".resume")
+    phase = "train" + (f" without {', '.join(workspace.class_names[label] for label in never)}" if never else "")
     train(
         workspace.model,
         staged.dataset,
@@ -105,6 +106,7 @@ def train_command(
         seed=seed,
         preprocessing=preprocessing,
         journal=journal,
+        phase=phase,
         checkpoint=checkpoint,
         identity=f"{workspace.spec.text} {preprocessing} {data.spec} {count_labels(staged.dataset)}",
     )
@@ -122,7 +124,7 @@ def train_command(
             "train_samples": len(staged.dataset),
             "skipped_samples": staged.num_bad + test.num_bad,
             "test_accuracy": accuracy(answers.logits, answers.labels),
-            "seconds": sum(phase.seconds for phase in journal.phases if phase.name == "train"),
+            "seconds": next(done.seconds for done in reversed(journal.phases) if done.name == phase),
         },
     )
     save_weights(workspace.model, out, metadata)
