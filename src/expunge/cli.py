@@ -91,7 +91,7 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """See it work: train on scikit-learn's digits, forget the threes, compare with retraining. No network needed."""
-    with _user_errors():
+    with _user_errors("run the same command again"):
         from expunge.commands import demo_command
 
         with _journal(quiet) as journal:
