@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from torch import nn
 
 torch.set_num_threads(1)  # small tensors: a second thread costs more than it helps, and machines are shared
 os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that tests start
+os.environ["HF_HOME"] = str(Path(tempfile.gettempdir()) / "expunge-tests-hub")  # not the user's own cache
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 from expunge.data import TensorImages, draw, open_source, stage, with_test_split, without  # noqa: E402
 from expunge.schema import Preprocessing, Split, TrainConfig  # noqa: E402

@@ -503,3 +503,36 @@ def test_count_labels_of_a_stream_decodes_nothing() -> None:
 def test_images_and_labels_must_be_as_many() -> None:
     with pytest.raises(InputError, match="got 3 images and 2 labels"):
         TensorImages(torch.zeros(3, 1, 2, 2), torch.tensor([0, 1]))
+
+
+def test_hub_data_set(tmp_path: Path) -> None:
+    for part, values in (("train", [10, 20, 30]), ("test", [40])):
+        columns: dict[str, list[Any]] = {"img": structs(values), "label": ["cat", "dog", "cat"][: len(values)]}
+        write_parquet(tmp_path / "data" / f"{part}-00000-of-00001.parquet", columns)
+    source = open_source(f"hf:{tmp_path}")  # datasets takes a local folder as it takes a name on the hub
+    assert source.class_names == ("cat", "dog")
+    assert reds(source.train.select(np.array([0, 2]))) == [10, 30]
+    assert source.test is not None
+    assert source.test.labels.tolist() == [0]
+
+
+def test_torchvision_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torchvision.datasets
+
+    class Small:  # what CIFAR10, MNIST and their kin have in common, without the download
+        classes = ("cat", "dog")
+
+        def __init__(self, _root: Path, *, train: bool, download: bool) -> None:
+            assert download
+            self.values = [10, 20, 30] if train else [40]
+            self.targets = [0, 1, 0][: len(self.values)]
+
+        def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+            return Image.open(io.BytesIO(png(self.values[index]))), self.targets[index]
+
+    monkeypatch.setattr(torchvision.datasets, "Small", Small, raising=False)
+    source = open_source("torchvision:Small")
+    assert source.class_names == ("cat", "dog")
+    assert reds(source.train) == [10, 20, 30]
+    with pytest.raises(InputError, match="torchvision has no data set 'Nothing'"):
+        open_source("torchvision:Nothing")
