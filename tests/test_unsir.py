@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -301,3 +302,29 @@ def test_half_precision_models_are_refused_in_one_line() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).half()
     with pytest.raises(InputError, match=r"expected a float32 model, got parameters of torch\.float16"):
         unsir(model, split_of(), SMALL, seed=0)
+
+
+def test_label_zero_and_train_mode_noise_do_what_their_names_say(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[set[int]] = []
+    modes: list[bool] = []
+    forward = TinyNet.forward
+
+    def watch(*_: object, **given: object) -> None:
+        synthetic = given["synthetic"]
+        assert isinstance(synthetic, torch.utils.data.Subset)
+        shown.append({int(synthetic[index][1]) for index in range(len(synthetic))})
+
+    def spy(self: TinyNet, images: torch.Tensor) -> torch.Tensor:
+        modes.append(self.training)
+        return forward(self, images)
+
+    noise = learn_noise(tiny.model, tiny.split, SMALL, seed=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["expunge.methods.unsir"], "train", watch)
+        for defects in (frozenset[str](), frozenset({"label_zero"})):
+            impair(tiny.model, tiny.split, noise, replace(SMALL, defects=defects), seed=0)
+    assert shown == [{3}, {0}]
+    monkeypatch.setattr(TinyNet, "forward", spy)
+    config = replace(SMALL, defects=frozenset({"train_mode_noise"}))
+    unsir(tiny.model, tiny.split.zero_glance(), config, seed=0)
+    assert modes[1 : 1 + SMALL.noise_steps] == [True] * SMALL.noise_steps  # after one look at the number of classes
