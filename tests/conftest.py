@@ -17,6 +17,8 @@ os.environ["HF_HOME"] = str(Path(tempfile.gettempdir()) / "expunge-tests-hub")  
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from expunge.data import TensorImages, draw, open_source, stage, with_test_split, without  # noqa: E402
+from expunge.journal import Journal  # noqa: E402
+from expunge.methods.unsir import unsir  # noqa: E402
 from expunge.schema import Preprocessing, Split, TrainConfig  # noqa: E402
 from expunge.training import predict, train  # noqa: E402
 
@@ -73,6 +75,13 @@ def tiny() -> Tiny:
         preprocessing=preprocessing,
     )
     return Tiny(model, split)
+
+
+@pytest.fixture(scope="session")
+def forgotten(tiny: Tiny) -> tuple[nn.Module, Journal]:
+    """The tiny model after the default method, the threes forgotten, and the journal of that run."""
+    journal = Journal()
+    return unsir(tiny.model, tiny.split.zero_glance(), seed=0, journal=journal), journal
 
 
 def random_images(count: int, num_classes: int = 3, shape: tuple[int, ...] = (1, 8, 8)) -> TensorImages:

@@ -37,7 +37,8 @@ def build(num_classes, channels):
         nn.Flatten(), nn.Linear(256, num_classes),
     )
 """
-SETTINGS = ("noise_per_class=8", "noise_steps=4", "impair.steps=4", "repair.steps=8")
+SETTINGS: tuple[str, ...] = ("noise_per_class=8", "noise_steps=4", "impair.steps=4", "repair.steps=8", "impressions=8")
+SETTINGS += ("calibration.evidence=2", "calibration.trials=1", "calibration.rounds=1", "calibration.cycles=1")
 FAST = [word for setting in SETTINGS for word in ("--set", setting)]
 CLASSES = tuple("0123456789")
 
@@ -145,9 +146,73 @@ def test_forget(tmp_path: Path, trained: Trained) -> None:
     assert min(count for name, count in record["samples_read"]["method"].items() if name != "3") > 0
     assert record["metrics"]["before"]["forget_accuracy"] > 0.5
     assert record["metrics"]["retrained"]["forget_accuracy"] == 0
-    assert done.returncode == int(False in (record["checks"]["forgotten"], record["checks"]["kept"]))
+    assert done.returncode == int(False in [record["checks"][name] for name in ("forgotten", "kept", "signals")])
     metadata = load_weights(out / "unlearned.safetensors")[1]
     assert (metadata.forgotten, metadata.class_names) == (("3",), CLASSES)
+
+
+def test_a_calibrated_run_tells_what_it_found(tmp_path: Path, trained: Trained) -> None:
+    out = tmp_path / "out"
+    words = [word for word in trained.arguments(out) if word not in FAST]
+    result = invoke(*words, "--set", "calibration.evidence=6", "--set", "repair.steps=150")
+    assert result.exit_code in (0, 1), result.stderr
+    record = record_of(out)
+    found = record["calibration"]
+    assert record["checks"]["signals"] is found["reached"]
+    assert result.exit_code == int(False in [record["checks"][name] for name in ("forgotten", "kept", "signals")])
+    assert record["config"]["calibration"]["evidence"] == 6
+    told = " ".join(result.stdout.split())
+    assert f"the goal is {'reached' if found['reached'] else 'NOT REACHED'}; {found['why']}." in told
+    assert f"signals read on {found['held_out']} held-out" in told
+    for trial in found["trials"]:
+        assert f"{trial['rate']:g} ({trial['outcome']} after {trial['steps']} steps)" in told
+    assert "impair: " in result.stderr
+    assert "still called: retained" in result.stderr
+    assert record["samples_read"]["method"]["3"] == 0
+
+
+def test_without_a_calibration_no_signals_are_read(tmp_path: Path, trained: Trained) -> None:
+    out = tmp_path / "out"
+    words = [word for word in trained.arguments(out) if word not in FAST]
+    result = invoke(*words, "--preset", "paper", "--set", "noise_steps=2", "--set", "noise_per_class=2")
+    assert result.exit_code in (0, 1), result.stderr
+    record = record_of(out)
+    assert (record["checks"]["signals"], record["calibration"]) == (None, None)
+    assert "signals" not in result.stdout
+    assert result.exit_code == int(False in (record["checks"]["forgotten"], record["checks"]["kept"]))
+
+
+def test_a_goal_that_is_not_reached_is_said_and_exits_with_1(tmp_path: Path, trained: Trained) -> None:
+    out = tmp_path / "out"
+    words = [word for word in trained.arguments(out) if word not in FAST]
+    plan = ("called=1e-9", "probability=1e-9", "trials=1", "rounds=1", "cycles=1", "evidence=6")
+    settings = [f"calibration.{value}" for value in plan]
+    settings += ["impair.steps=2", "impair.lr=1e-7", "repair.steps=2", "repair.lr=1e-7", "noise_steps=2"]
+    result = invoke(*words, *[word for setting in settings for word in ("--set", setting)])
+    assert result.exit_code == 1, result.stderr
+    assert "the goal is NOT REACHED; after 1 round" in " ".join(result.stdout.split())
+    record = record_of(out)
+    assert record["checks"]["signals"] is False
+    assert record["calibration"]["reached"] is False
+    assert [trial["outcome"] for trial in record["calibration"]["trials"]] == ["left"]
+    assert record["checks"]["forgotten"] is False  # on held-out images too
+
+
+def test_a_calibrated_request_goes_on_from_an_earlier_one(tmp_path: Path, trained: Trained) -> None:
+    first = [word for word in trained.arguments(tmp_path / "a") if word not in FAST]
+    assert invoke(*first).exit_code in (0, 1)
+    assert record_of(tmp_path / "a")["metrics"]["after"]["forget_accuracy"] <= 0.01
+    unlearned = str(tmp_path / "a" / "unlearned.safetensors")
+    out = tmp_path / "b"
+    again = ["forget", "--weights", unlearned, "--data", "digits", "--classes", "5", "--model", trained.model]
+    again += ["--out", str(out)]
+    with_threes = str(write_digits(tmp_path / "threes", (0, 1, 2, 3, 4)))
+    refuse("has 3 images of a forgotten class (3)", out, *again, "--retain", with_threes)
+    assert invoke(*again).exit_code in (0, 1)
+    after = record_of(out)["metrics"]["after"]
+    assert after["forget_accuracy"] <= 0.01
+    assert after["per_class_accuracy"]["3"] <= 0.01
+    assert record_of(out)["samples_read"]["method"]["3"] == 0
 
 
 def test_quiet_prints_nothing_and_the_seed_decides(tmp_path: Path, trained: Trained) -> None:
@@ -267,7 +332,7 @@ def test_classes(tmp_path: Path, trained: Trained, classes: str, message: str) -
         ("--weights /no/such/file", "no weights file at '/no/such/file'"),
         ("--retrained /no/such/file", "no weights file at '/no/such/file'"),
         ("--method magic", "unknown method 'magic': expected"),
-        ("--preset magic", "unknown preset 'magic': expected one of default, paper, notebook"),
+        ("--preset magic", "unknown preset 'magic': expected one of default, fast, paper, notebook"),
         ("--set impair.lr", "expected name=value"),
         ("--set impair.rate=1", "no setting 'rate'"),
         ("--set impair.lr=fast", "expected a value of type float"),
@@ -380,8 +445,8 @@ def test_weights_of_other_classes_and_of_another_architecture(tmp_path: Path, tr
 
 def test_diverged(tmp_path: Path, trained: Trained) -> None:
     out = tmp_path / "out"
-    more = ["--set", "impair.lr=1e30", "--set", "impair.batch_size=64", "--quiet"]
-    refuse("nan at step 2 of impair; nothing was kept: lower the learning rate", out, *trained.arguments(out, *more))
+    more = ["--set", "impair.lr=1e38", "--set", "impair.optimizer=sgd", "--set", "calibration.trials=2", "--quiet"]
+    refuse("of impair; nothing was kept: lower the learning rate (now 5e+37)", out, *trained.arguments(out, *more))
 
 
 # Writing

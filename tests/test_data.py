@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from expunge import data
 from expunge.data import (
@@ -25,6 +25,7 @@ from expunge.data import (
     count_labels,
     decode,
     draw,
+    hold_out,
     measure_statistics,
     missing_classes,
     native_channels,
@@ -536,3 +537,87 @@ def test_torchvision_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reds(source.train) == [10, 20, 30]
     with pytest.raises(InputError, match="torchvision has no data set 'Nothing'"):
         open_source("torchvision:Nothing")
+
+
+# Holding out
+
+
+def flat(labels: Sequence[int]) -> TensorImages:
+    """Images whose every pixel is their number."""
+    count = len(labels)
+    pixels = torch.arange(float(count)).view(-1, 1, 1, 1).expand(-1, 1, 4, 4)
+    return TensorImages(pixels, torch.tensor(labels))
+
+
+def pixels_of(dataset: Dataset[Any]) -> list[float]:
+    return [float(dataset[index][0].flatten()[0]) for index in range(len(dataset))]  # type: ignore[arg-type]
+
+
+def test_hold_out_is_stratified_and_disjoint() -> None:
+    whole = flat([0] * 40 + [1] * 20 + [2] * 10)
+    kept, held = hold_out(whole, share=0.2, most=100, seed=0)
+    assert count_labels(held) == {0: 8, 1: 4, 2: 2}
+    assert count_labels(kept) == {0: 32, 1: 16, 2: 8}
+    assert sorted(pixels_of(kept) + pixels_of(held)) == list(range(70))
+    labels = [int(held[index][1]) for index in range(14)]
+    assert labels == [int(whole.labels[int(pixel)]) for pixel in pixels_of(held)]
+    again = hold_out(whole, share=0.2, most=100, seed=0)
+    assert pixels_of(again[1]) == pixels_of(held)
+    assert pixels_of(hold_out(whole, share=0.2, most=100, seed=1)[1]) != pixels_of(held)
+
+
+def test_hold_out_takes_no_more_than_asked_for() -> None:
+    kept, held = hold_out(flat([0, 1] * 100), share=0.5, most=20, seed=0)
+    assert count_labels(held) == {0: 10, 1: 10}
+    assert count_labels(kept) == {0: 90, 1: 90}
+
+
+def test_hold_out_takes_no_more_than_asked_for_of_many_classes() -> None:
+    _, held = hold_out(flat(list(range(8)) * 6), share=0.1, most=4, seed=0)
+    assert len(pixels_of(held)) <= 4
+
+
+def test_a_class_too_small_to_share_loses_none() -> None:
+    kept, held = hold_out(flat([0] * 50 + [1] * 4 + [2]), share=0.1, most=100, seed=0)
+    assert count_labels(held) == {0: 5}
+    assert count_labels(kept) == {0: 45, 1: 4, 2: 1}
+
+
+def test_where_every_class_is_small_nothing_is_cut_off() -> None:
+    whole = flat([0, 0, 0, 1, 1, 1, 2])
+    kept, held = hold_out(whole, share=0.1, most=5, seed=0)
+    assert kept is whole
+    assert len(set(pixels_of(held))) == 5
+    assert set(pixels_of(held)) <= set(range(7))
+
+
+def test_hold_out_of_a_stream_of_ours() -> None:
+    stream = StreamedImages(table_of([0] * 20 + [1] * 10), RGB4, seed=3, skip_bad=False)
+    kept, held = hold_out(stream, share=0.2, most=100, seed=0)
+    assert isinstance(kept, StreamedImages)
+    assert count_labels(kept) == {0: 16, 1: 8}
+    assert count_labels(held) == {0: 4, 1: 2}
+    trained = {int(image[0, 0, 0]) for image, _ in kept}
+    assert len(trained) == 24
+    assert trained | {int(pixel) for pixel in pixels_of(held)} == set(range(30))
+    assert kept.seed == 3
+
+
+def test_hold_out_of_a_small_stream_of_ours() -> None:
+    stream = StreamedImages(table_of([0, 0, 0, 1, 1]), RGB4, skip_bad=False)
+    kept, held = hold_out(stream, share=0.1, most=4, seed=0)
+    assert kept is stream
+    assert len(set(pixels_of(held))) == 4
+
+
+class Foreign(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return (sample for sample in flat([0, 1, 2, 0]))  # type: ignore[attr-defined]
+
+
+def test_hold_out_of_somebody_elses_stream() -> None:
+    stream = Foreign()
+    kept, held = hold_out(stream, share=0.1, most=3, seed=0)
+    assert kept is stream
+    assert pixels_of(held) == [0, 1, 2]
+    assert count_labels(held) == {0: 1, 1: 1, 2: 1}

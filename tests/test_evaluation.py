@@ -14,8 +14,9 @@ from conftest import Tiny
 from expunge.config import as_json
 from expunge.data import TensorImages
 from expunge.errors import InputError
-from expunge.evaluation import evaluate, measures
-from expunge.schema import Predictions, Split
+from expunge.evaluation import cost_of, evaluate, measures
+from expunge.journal import Journal
+from expunge.schema import CalibrationReport, Phase, Predictions, Signals, Split
 from expunge.training import predict
 
 
@@ -68,6 +69,36 @@ def test_without_forget_samples_the_answer_is_unknown(tiny: Tiny) -> None:
     assert record.metrics["after"]["per_class_accuracy"]["3"] is None
     assert record.checks["forgotten"] is None
     assert record.checks["kept"] is True
+
+
+def test_what_a_calibration_found_is_recorded_and_checked(tiny: Tiny) -> None:
+    assert evaluate(tiny.model, tiny.model, tiny.split).checks["signals"] is None
+    signals = Signals(
+        phase="repair", step=4, impressions_called={"retained": 0.25, "noise": 0.5}, class_probability=0.1,
+        retain_accuracy=0.9, retain_agreement=0.95, retain_divergence=0.02,
+    )  # fmt: skip
+    assert signals.still_called == 0.5
+    for reached in (True, False):
+        journal = Journal()
+        journal.calibration = CalibrationReport(
+            reached=reached, back=True, why="it ended", impair_rate=0.006, repair_rate=0.0015, batch_size=64,
+            held_out=90, rounds=1, trials=({"round": 1, "rate": 0.006},), signals=(signals,),
+        )  # fmt: skip
+        record = evaluate(tiny.model, tiny.model, tiny.split, journal=journal)
+        assert record.checks["signals"] is reached
+        found = json.loads(json.dumps(as_json(record), allow_nan=False))["calibration"]
+        assert found["reached"] is reached
+        assert found["trials"] == [{"round": 1, "rate": 0.006}]
+        assert found["signals"][0]["impressions_called"] == {"retained": 0.25, "noise": 0.5}
+
+
+def test_cost_adds_up_a_phase_that_ran_twice_and_leaves_answers_out_of_the_steps() -> None:
+    def phase(name: str, steps: int, loss: float | None) -> Phase:
+        return Phase(name=name, seconds=steps / 2, steps=steps, samples=steps * 10, label_counts={}, final_loss=loss)
+
+    cost = cost_of([phase("impair", 4, 2.0), phase("answers", 3, None), phase("impair", 2, 1.0)], [phase("x", 8, None)])
+    assert cost["phases"]["impair"] == {"seconds": 3.0, "steps": 6, "samples": 60, "final_loss": 1.0}
+    assert (cost["seconds"], cost["steps"], cost["samples"], cost["evaluation_seconds"]) == (4.5, 6, 90, 4.0)
 
 
 def test_the_original_is_not_called_forgotten(tiny: Tiny) -> None:

@@ -17,7 +17,7 @@ LAYERS = (
     {"schema"},
     {"journal", "config", "files", "data"},
     {"training"},
-    {"metrics", "models", "weights"},
+    {"metrics", "models", "weights", "signals", "audits"},
     {"workspace", "methods"},
     {"evaluation"},
     {"commands"},

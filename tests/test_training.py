@@ -20,7 +20,7 @@ from expunge.data import ImageTable, StreamedImages, TensorImages
 from expunge.errors import DivergedError, InputError
 from expunge.journal import Journal
 from expunge.schema import Preprocessing, TrainConfig
-from expunge.training import augment, evaluating, logits_of, predict, train
+from expunge.training import Batch, augment, evaluating, logits_of, predict, train
 
 GREY = Preprocessing(size=(4, 4), mean=(0.5,), std=(0.25,))
 CONFIG = TrainConfig(epochs=3, lr=0.01, batch_size=16, schedule="one_cycle", flip=True, crop=1)
@@ -78,13 +78,13 @@ class Watch:
         self.pixels: list[float] = []
         self.steps = 0
 
-    def __call__(self, logits: Tensor, inputs: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         self.steps += 1
-        self.labels += labels.tolist()
-        self.pixels += inputs[:, 0, 0, 0].tolist()
+        self.labels += batch.labels.tolist()
+        self.pixels += batch.images[:, 0, 0, 0].tolist()
         if self.error is not None and self.steps == self.step:
             raise self.error
-        return F.cross_entropy(logits, labels)
+        return F.cross_entropy(logits, batch.labels)
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
@@ -293,6 +293,80 @@ def test_images_of_two_shapes() -> None:
     samples = [(torch.zeros(1, 4, 4), 0), (torch.zeros(1, 5, 4), 1)]
     with pytest.raises(InputError, match=r"one shape, got \(1, 4, 4\), \(1, 5, 4\)"):
         predict(network(), samples)  # type: ignore[arg-type]
+
+
+def test_training_ends_where_until_says_so() -> None:
+    asked: list[int] = []
+    watched = network()
+    modes: list[bool] = []
+
+    def until(step: int) -> bool:
+        asked.append(step)
+        modes.append(watched.training)
+        torch.manual_seed(step)  # what it does to the random state, and to the mode, is undone
+        watched[1].train()
+        return step == 6
+
+    journal = Journal()
+    train(watched, images(), CONFIG, seed=7, preprocessing=GREY, journal=journal, until=until)
+    assert asked == [1, 2, 3, 4, 5, 6]  # the second step of the second epoch of four
+    assert modes == [False] * 6
+    assert journal.phases[0].steps == 6
+    assert not any(module.training for module in watched.modules())
+    plain = Watch(KeyboardInterrupt(), 7)  # the same training, stopped after its sixth step
+    other = network()
+    with pytest.raises(KeyboardInterrupt):
+        train(other, images(), CONFIG, seed=7, preprocessing=GREY, objective=plain)
+    for key, parameter in other.named_parameters():
+        assert torch.equal(watched.state_dict()[key], parameter), key
+
+
+def test_until_that_never_stops_changes_nothing() -> None:
+    state = torch.get_rng_state()
+    assert_same(trained(until=lambda _: torch.rand(1).item() > 2).state_dict(), trained().state_dict())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_targets_reach_the_objective() -> None:
+    class Taught(Dataset[Any]):
+        def __init__(self, start: int, count: int) -> None:
+            self.start, self.count = start, count
+
+        def __len__(self) -> int:
+            return self.count
+
+        def __getitem__(self, index: int) -> tuple[Tensor, int, Tensor]:
+            number = float(self.start + index)
+            return torch.full((1, 4, 4), number), index % 3, torch.tensor([number, 0.0, 1.0])
+
+    seen: dict[float, Tensor] = {}
+
+    def objective(logits: Tensor, batch: Batch) -> Tensor:
+        assert batch.targets is not None
+        for image, target in zip(batch.images, batch.targets, strict=True):
+            seen[image[0, 0, 0].item()] = target
+        return F.cross_entropy(logits, batch.labels)
+
+    config = TrainConfig(batch_size=4)
+    trained(Taught(0, 12), config, objective=objective)
+    assert {number: target.tolist() for number, target in seen.items()} == {n: [n, 0.0, 1.0] for n in range(12)}
+    seen.clear()
+    untaught = TensorImages(torch.arange(100.0, 112).view(-1, 1, 1, 1).expand(-1, 1, 4, 4), torch.zeros(12).long())
+    trained(untaught, replace(config, batch_size=24), synthetic=Taught(0, 12), objective=objective)
+    assert len(seen) == 24
+    for number, target in seen.items():
+        assert target.tolist() == [number, 0.0, 1.0] if number < 100 else bool(target.isnan().all())
+
+
+def test_without_targets_the_objective_gets_none() -> None:
+    seen: list[Tensor | None] = []
+
+    def objective(logits: Tensor, batch: Batch) -> Tensor:
+        seen.append(batch.targets)
+        return F.cross_entropy(logits, batch.labels)
+
+    trained(config=TrainConfig(batch_size=25), objective=objective)
+    assert seen == [None, None]
 
 
 # Predicting

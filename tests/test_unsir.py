@@ -17,21 +17,25 @@ from expunge.errors import DivergedError, InputError
 from expunge.journal import Journal
 from expunge.methods.unsir import (
     NOTEBOOK_DEFECTS,
+    Calibration,
     UnsirConfig,
     distil_retained,
     impair,
-    learn_impressions,
     learn_noise,
     noise_objective,
     repair,
+    teach,
     unsir,
 )
 from expunge.schema import Split, TrainConfig
+from expunge.signals import Impressions, learn_impressions, retained_answers
+from expunge.training import Batch
 
 SMALL = UnsirConfig(
     noise_per_class=8,
     noise_steps=5,
-    impressions_per_class=4,
+    impressions=4,
+    calibration=None,
     impair=TrainConfig(steps=4, lr=0.01, batch_size=32, update_norm_statistics=False),
     repair=TrainConfig(steps=4, lr=0.002, batch_size=32),
 )
@@ -114,8 +118,8 @@ def test_noise_of_one_class_does_not_depend_on_the_others(tiny: Tiny) -> None:
 
 def test_unsir_is_its_three_phases(tiny: Tiny) -> None:
     noise = learn_noise(tiny.model, tiny.split, SMALL, seed=3)
-    impaired = impair(tiny.model, tiny.split, noise, SMALL, seed=3)
-    impressions = learn_impressions(tiny.model, tiny.split, SMALL, seed=3)
+    impressions = learn_impressions(tiny.model, tiny.split, 4, seed=3)
+    impaired = impair(tiny.model, tiny.split, noise, SMALL, impressions=impressions, seed=3)
     repaired = repair(impaired, tiny.split, SMALL, original=tiny.model, impressions=impressions, seed=3)
     whole = unsir(tiny.model, tiny.split.zero_glance(), SMALL, seed=3)
     for name, value in whole.state_dict().items():
@@ -151,15 +155,53 @@ def test_distillation_teaches_the_originals_answer_without_the_forgotten() -> No
     images = torch.randn((5, 1, 2, 2))
     with torch.no_grad():
         logits = original(images)
-    objective = distil_retained(original, [1], 2.0)
+    objective = distil_retained(original, (1,), 2.0)
     perfect = logits.clone()
     perfect[:, 1] = -1e4
-    labels = torch.zeros(5, dtype=torch.long)
-    assert objective(perfect, images, labels).item() == pytest.approx(0, abs=1e-5)
+    batch = Batch(images, torch.zeros(5, dtype=torch.long), None)
+    assert objective(perfect, batch).item() == pytest.approx(0, abs=1e-5)
     target = (logits[:, [0, 2]] / 2).softmax(1)
     uniform = torch.zeros((5, 3))
     expected = 4 * (target * (target.log() - math.log(1 / 3))).sum(1).mean()
-    assert objective(uniform, images, labels).item() == pytest.approx(expected.item(), rel=1e-4)
+    assert objective(uniform, batch).item() == pytest.approx(expected.item(), rel=1e-4)
+    given = torch.full((5, 3), torch.nan)
+    given[0] = torch.tensor([1.0, 0.0, 0.0])
+    known = torch.cat([torch.tensor([[1.0, 0.0, 0.0]]), retained_answers(logits, (1,), 2.0)[1:]])
+    expected = 4 * nn.functional.kl_div(torch.full((5, 3), -math.log(3)), known, reduction="batchmean")
+    assert objective(uniform, replace(batch, targets=given)).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_retained_answers_leave_the_gone_classes_out() -> None:
+    logits = torch.tensor([[math.log(9.0), 50.0, math.log(4.0)]])
+    before = logits.clone()
+    torch.testing.assert_close(retained_answers(logits, (1,)), torch.tensor([[9 / 13, 0.0, 4 / 13]]))
+    torch.testing.assert_close(retained_answers(logits, (1,), 2.0), torch.tensor([[3 / 5, 0.0, 2 / 5]]))
+    assert torch.equal(logits, before)
+
+
+def test_a_lesson_teaches_the_answer_on_what_an_impression_was_made_from() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    split = replace(split_of(60), forgotten_before=(2,))
+    retain = split.retain
+    assert isinstance(retain, TensorImages)
+    kept = retain.labels != 2
+    split = replace(split, retain=TensorImages(retain.images[kept], retain.labels[kept]))
+    starts = torch.randn((2, 1, 8, 8))
+    impressions = Impressions(starts + 1, torch.zeros(2, dtype=torch.long), starts, torch.ones(2, dtype=torch.long))
+    config = replace(SMALL, impression_share_repair=0.5)
+    lesson = teach(model, split, config, impressions)
+    assert lesson.synthetic is not None
+    seen = [lesson.synthetic[index] for index in range(len(lesson.synthetic))]  # type: ignore[arg-type]
+    assert len(seen) == 20  # half of the images: as many as there are retained ones
+    for number, (image, label, target) in enumerate(seen):  # type: ignore[misc]
+        assert torch.equal(image, impressions.images[number % 2])
+        assert int(label) == 0
+        assert target.tolist() == [0.0, 1.0, 0.0]  # of three classes, one is retained
+    retained = [lesson.retain[index] for index in range(20)]
+    assert [sample[2].tolist() for sample in retained] == [[0.0, 1.0, 0.0]] * 20  # type: ignore[misc]
+    with pytest.raises(InputError, match="expected a repair_temperature"):
+        teach(model, split, replace(SMALL, repair_temperature=None))
 
 
 def test_notebook_keeps_its_defects_by_name(tiny: Tiny) -> None:
@@ -215,19 +257,54 @@ def test_nan_stops_with_the_step_and_what_to_lower() -> None:
         ({"noise_lr": -1.0}, "positive noise_lr"),
         ({"noise_share": 1.0}, "noise_share between 0 and 1"),
         ({"noise_repeats": 0}, "noise_repeats of at least 1"),
-        ({"impressions_per_class": -1}, "impressions_per_class of at least 0"),
+        ({"noise_images": 0}, "noise_images of at least 1"),
+        ({"impressions": -1}, "impressions of at least 0"),
+        ({"noise_share": 0.5, "impression_share": 0.5}, "leave room for retained images"),
+        ({"impression_share_repair": 0.0}, "impression_share_repair between 0 and 1"),
+        ({"calibration": Calibration(), "impressions": 0}, "calibration needs impressions"),
+        ({"calibration": Calibration(), "repair_temperature": None}, "calibration needs impressions"),
+        ({"calibration": Calibration(), "noise_repeats": 2}, "calibration does not go with defects or noise_repeats"),
+        ({"calibration": Calibration(), "defects": frozenset({"label_zero"})}, "does not go with defects"),
         ({"repair_temperature": 0.0}, "positive repair_temperature"),
         ({"defects": frozenset({"unknown"})}, "unknown defect 'unknown'"),
     ],
 )
 def test_config_refuses(change: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        replace(UnsirConfig(), **change)  # type: ignore[arg-type]
+        replace(SMALL, **change)  # type: ignore[arg-type]
+
+
+def test_noise_images_and_impressions_are_shared_out_between_the_classes(tiny: Tiny) -> None:
+    split = replace(tiny.split, forget_classes=(3, 7, 8))
+    assert torch.bincount(learn_noise(tiny.model, split, replace(SMALL, noise_images=8), seed=0).labels)[
+        [3, 7, 8]
+    ].tolist() == [2, 2, 2]
+    assert len(learn_noise(tiny.model, split, replace(SMALL, noise_images=1), seed=0)) == 3
+    assert len(learn_noise(tiny.model, split, replace(SMALL, noise_images=None), seed=0)) == 24
+
+
+def test_impair_shows_impressions_under_the_label_of_what_they_were_made_from(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[int] = []
+
+    def watch(*_: object, **given: object) -> None:
+        synthetic = given["synthetic"]
+        shown.extend(int(synthetic[index][1]) for index in range(len(synthetic)))  # type: ignore[index, arg-type]
+
+    noise = learn_noise(tiny.model, tiny.split, SMALL, seed=0)
+    impressions = learn_impressions(tiny.model, tiny.split, 4, seed=0)
+    monkeypatch.setattr(sys.modules["expunge.methods.unsir"], "train", watch)
+    config = replace(SMALL, noise_share=0.25, impression_share=0.375)
+    impair(tiny.model, tiny.split, noise, config, impressions=impressions, seed=0)
+    assert shown.count(3) == 600  # a quarter, beside 900 retained images that are three eighths
+    assert len(shown) == 600 + 900
+    assert set(shown) - {3} == set(impressions.start_labels.tolist())
 
 
 def test_impressions_are_called_the_class_and_come_from_retained_images(tiny: Tiny) -> None:
     split = replace(tiny.split, forget_classes=(3, 7))
-    impressions = learn_impressions(tiny.model, split, replace(SMALL, impressions_per_class=16), seed=0)
+    impressions = learn_impressions(tiny.model, split, 16, seed=0)
     assert impressions.labels.tolist() == [3] * 16 + [7] * 16
     with torch.no_grad():
         logits = tiny.model.eval()(impressions.images)
@@ -235,8 +312,8 @@ def test_impressions_are_called_the_class_and_come_from_retained_images(tiny: Ti
 
 
 def test_repair_unlearns_impressions(tiny: Tiny) -> None:
-    config = replace(SMALL, impressions_per_class=16, repair=TrainConfig(steps=60, lr=0.004, batch_size=64))
-    impressions = learn_impressions(tiny.model, tiny.split, config, seed=0)
+    config = replace(SMALL, repair=TrainConfig(steps=60, lr=0.004, batch_size=64))
+    impressions = learn_impressions(tiny.model, tiny.split, 16, seed=0)
     journal = Journal()
     repaired = repair(
         tiny.model, tiny.split, config, original=tiny.model, impressions=impressions, seed=0, journal=journal
@@ -244,7 +321,7 @@ def test_repair_unlearns_impressions(tiny: Tiny) -> None:
     with torch.no_grad():
         still = (repaired(impressions.images).argmax(1) == 3).double().mean().item()
     assert still <= 0.1
-    assert 3 not in journal.phases[0].label_counts
+    assert all(3 not in phase.label_counts for phase in journal.phases)
     with pytest.raises(InputError, match="impressions are unlearned by distillation"):
         repair(
             tiny.model,

@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from expunge.evaluation import evaluate
     from expunge.journal import Journal
     from expunge.methods import METHODS
-    from expunge.methods.unsir import UnsirConfig, impair, learn_impressions, learn_noise, repair, unsir
-    from expunge.schema import Phase, Predictions, Preprocessing, Record, Split, TrainConfig
+    from expunge.methods.unsir import Calibration, UnsirConfig, impair, learn_noise, repair, unsir
+    from expunge.schema import Phase, Predictions, Preprocessing, Record, Signals, Split, TrainConfig
+    from expunge.signals import gather_evidence, learn_impressions, read_signals
     from expunge.training import predict, train
 
 __version__ = "0.1.0"
@@ -23,13 +24,15 @@ _HOMES = {
     "expunge.evaluation": ("evaluate",),
     "expunge.journal": ("Journal",),
     "expunge.methods": ("METHODS",),
-    "expunge.methods.unsir": ("UnsirConfig", "impair", "learn_impressions", "learn_noise", "repair", "unsir"),
-    "expunge.schema": ("Phase", "Predictions", "Preprocessing", "Record", "Split", "TrainConfig"),
+    "expunge.methods.unsir": ("Calibration", "UnsirConfig", "impair", "learn_noise", "repair", "unsir"),
+    "expunge.schema": ("Phase", "Predictions", "Preprocessing", "Record", "Signals", "Split", "TrainConfig"),
+    "expunge.signals": ("gather_evidence", "learn_impressions", "read_signals"),
     "expunge.training": ("predict", "train"),
 }
 
 __all__ = [
     "METHODS",
+    "Calibration",
     "DivergedError",
     "InputError",
     "Journal",
@@ -37,15 +40,18 @@ __all__ = [
     "Predictions",
     "Preprocessing",
     "Record",
+    "Signals",
     "Split",
     "TensorImages",
     "TrainConfig",
     "UnsirConfig",
     "evaluate",
+    "gather_evidence",
     "impair",
     "learn_impressions",
     "learn_noise",
     "predict",
+    "read_signals",
     "repair",
     "train",
     "unsir",

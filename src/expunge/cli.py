@@ -108,6 +108,10 @@ def train(
         str | None,
         typer.Option(metavar="A,B", help="Classes never shown: makes a retrained reference.", rich_help_panel="Data"),
     ] = None,
+    per_class: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Train on N images of each class only.", rich_help_panel="Data"),
+    ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.", rich_help_panel="Recipe")] = 12,
     lr: Annotated[float, typer.Option(help="Peak learning rate (AdamW, one cycle).", rich_help_panel="Recipe")] = 0.002,
     batch_size: Annotated[int, typer.Option(min=2, rich_help_panel="Recipe", help="Images a step.")] = 256,
@@ -144,6 +148,7 @@ def train(
                 out,
                 config=replace(TRAIN_DEFAULT, epochs=epochs, lr=lr, batch_size=batch_size),
                 leave_out=_list(without),
+                per_class=per_class,
                 augment=augment,
                 seed=seed,
                 device=device,
@@ -199,7 +204,7 @@ def forget(
     ] = False,
     method: Annotated[str, typer.Option(help="Unlearning method.", rich_help_panel="Method")] = "unsir",
     preset: Annotated[
-        str, typer.Option(help="Its settings: default, paper, notebook.", rich_help_panel="Method")
+        str, typer.Option(help="Its settings: default (calibrated), fast, paper, notebook.", rich_help_panel="Method")
     ] = "default",
     settings: Annotated[
         list[str] | None,
@@ -418,13 +423,14 @@ def _journal(quiet: bool) -> Iterator[Journal]:
 
 def _report(phase: Phase) -> None:
     steps = f"{phase.steps} steps, " if phase.steps else ""
-    typer.echo(f"{phase.name}: {steps}{phase.seconds:.1f} s", err=True)
+    told = f", {phase.signals}" if phase.signals else ""
+    typer.echo(f"{phase.name}: {steps}{phase.seconds:.1f} s{told}", err=True)
 
 
 def _finish(outcome: Outcome, quiet: bool) -> None:
     """Print the answer; leave with 1 where a stated check failed."""
     record = outcome.record
-    failed = [name for name in ("forgotten", "kept") if record.checks[name] is False]
+    failed = [name for name in ("forgotten", "kept", "signals") if record.checks[name] is False]
     if not quiet:
         _show(record.metrics, record.classes["forget"], outcome)
     if failed:
@@ -472,6 +478,7 @@ def _sentences(outcome: Outcome) -> Iterator[str]:
         answer = "yes" if checks["kept"] else "NO"
         goal = f"{-100 * checks['goal_retain_drop']:.0f}"
         yield f"The rest is kept: {answer} ({change:+.1f} points; goal: no worse than {goal})."
+    yield from _calibrated(record.calibration)
     yield "Not measured: what the features inside still know, how fast it is relearned, what an attacker can tell."
     read, names = record.samples_read, record.classes["forget"]
     yield (
@@ -486,6 +493,23 @@ def _sentences(outcome: Outcome) -> Iterator[str]:
     height, width = preprocessing["size"]
     yield f"Images: {height}x{width}, mean and std {_source(preprocessing['source'])}."
     yield from (f"Note: {note}." for note in outcome.notes)
+
+
+def _calibrated(found: Mapping[str, Any] | None) -> Iterator[str]:
+    """Tell what a calibration did, in plain sentences."""
+    if found is None:
+        return
+    trials = ", ".join(
+        f"{trial['rate']:g} ({trial['outcome']}{f' after {steps} steps' if (steps := trial['steps']) else ''})"
+        for trial in found["trials"]
+    )
+    rounds = "one round" if found["rounds"] == 1 else f"{found['rounds']} rounds"
+    yield f"Without forget data, the goal is {'reached' if found['reached'] else 'NOT REACHED'}; {found['why']}."
+    yield (
+        f"Calibration took {rounds} of impair and repair: impair rates tried {trials}; repair rate "
+        f"{found['repair_rate']:g}, batches of {found['batch_size']}; signals read on {found['held_out']} held-out "
+        "retained images and on class impressions."
+    )
 
 
 def _source(source: str) -> str:

@@ -68,6 +68,7 @@ def train_command(
     *,
     config: TrainConfig = TRAIN_DEFAULT,
     leave_out: Sequence[str] = (),
+    per_class: int | None = None,
     augment: bool | None = None,
     seed: int = 0,
     device: str | None = None,
@@ -77,6 +78,8 @@ def train_command(
 
     Args:
         leave_out: classes (name or index) whose images are never read: this makes a retrained reference.
+        per_class: so many images of each class, drawn at random with a fixed seed, so that a reference is trained on
+            the same ones; None: all.
         augment: mirror and shift images; None: where the data allows it (digits do not).
 
     Raises:
@@ -89,7 +92,7 @@ def train_command(
     preprocessing = workspace.preprocessing
     if workspace.source.mirror_safe if augment is None else augment:
         config = replace(config, flip=True, crop=min(preprocessing.size) // 8)
-    table = without(workspace.source.train, never)
+    table = without(draw(workspace.source.train, per_class=per_class, seed=0), never)
     held_out = without(workspace.test, never)
     if len(held_out) == 0:
         raise InputError("expected held-out images to test on, found none: add a test split, or more images a class")

@@ -50,10 +50,12 @@ def _set(config: Any, path: Sequence[str], text: str, assignment: str) -> Any:
         if not dataclasses.is_dataclass(current):
             raise InputError(f"{name!r} in {assignment!r} has no parts")
         return dataclasses.replace(config, **{name: _set(current, rest, text, assignment)})
+    hint = typing.get_type_hints(type(config))[name]
+    if text.lower() == "none" and types.NoneType in typing.get_args(hint):
+        return dataclasses.replace(config, **{name: None})
     if dataclasses.is_dataclass(current):
         parts = ", ".join(f"{name}.{field.name}" for field in dataclasses.fields(current))
         raise InputError(f"{name!r} in {assignment!r} has parts: expected one of {parts}")
-    hint = typing.get_type_hints(type(config))[name]
     return dataclasses.replace(config, **{name: _parse(text, hint, assignment)})
 
 

@@ -10,7 +10,6 @@ import io
 import itertools
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -543,6 +542,54 @@ def draw(table: ImageTable, *, per_class: int | None = None, share: float | None
     return table.select(np.concatenate(chosen) if chosen else np.empty(0, dtype=np.int64))
 
 
+def hold_out(dataset: Dataset[Any], *, share: float, most: int, seed: int) -> tuple[Dataset[Any], Dataset[Any]]:
+    """Return a data set without a random share of each class, and that share: at most `most` images together.
+
+    A class with too few images for the share loses none. Where that holds of all, or the data set is a stream of
+    somebody else's, nothing is cut off and the held-out part is a sample of the first.
+    """
+    labels = _labels(dataset)
+    share = min(share, most / max(1, len(labels)))
+    rng = np.random.default_rng(seed)
+    parts = [rng.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
+    held = np.sort(np.concatenate([part[: int(share * len(part) + 0.5)] for part in parts] or [labels[:0]]))
+    held = np.sort(rng.permutation(held)[:most])
+    kept = np.setdiff1d(np.arange(len(labels)), held)
+    foreign = isinstance(dataset, IterableDataset) and not isinstance(dataset, StreamedImages)
+    if foreign or (len(held) == 0 and isinstance(dataset, IterableDataset)):
+        first = list(itertools.islice(iter(dataset), most))
+        return dataset, _Chosen(first, np.arange(len(first)))
+    if len(held) == 0:
+        return dataset, _Chosen(dataset, rng.permutation(len(labels))[:most])
+    if isinstance(dataset, StreamedImages):
+        streams = (
+            StreamedImages(
+                dataset.table.select(rows), dataset.preprocessing, seed=dataset.seed, shuffle=dataset.shuffle,
+                skip_bad=dataset.skip_bad,
+            )
+            for rows in (kept, held)
+        )  # fmt: skip
+        training, rest = streams
+        samples = list(rest)
+        return training, _Chosen(samples, np.arange(len(samples)))
+    return _Chosen(dataset, kept), _Chosen(dataset, held)
+
+
+class _Chosen(Dataset[Any]):
+    """Some samples of a data set, with their labels listed."""
+
+    def __init__(self, dataset: Any, index: Labels) -> None:
+        self.dataset = dataset
+        self.index = index
+        self.labels = _labels(dataset)[index]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, position: int) -> Any:
+        return self.dataset[int(self.index[position])]
+
+
 def without(table: ImageTable, labels: Iterable[int]) -> ImageTable:
     """Return the rows of `table` that bear none of `labels`."""
     return table.select(np.flatnonzero(~np.isin(table.labels, list(labels))))
@@ -720,14 +767,18 @@ def normalize(images: Tensor, preprocessing: Preprocessing | None) -> Tensor:
 
 def count_labels(dataset: Dataset[Any]) -> dict[int, int]:
     """Return how many samples bear each label; images are decoded only where a data set does not list its labels."""
+    values, counts = np.unique(_labels(dataset), return_counts=True)
+    return {int(value): int(count) for value, count in zip(values, counts, strict=True)}
+
+
+def _labels(dataset: Any) -> Labels:
+    """Return the label of each sample; images are decoded only where a data set does not list its labels."""
     listed = getattr(dataset, "labels", None)
     if listed is None:
         listed = getattr(dataset, "targets", None)
-    if listed is not None:
-        values, counts = np.unique(np.asarray(listed), return_counts=True)
-        return {int(value): int(count) for value, count in zip(values, counts, strict=True)}
-    loader: DataLoader[Any] = DataLoader(dataset, batch_size=None)
-    return dict(sorted(Counter(int(sample[1]) for sample in loader).items()))
+    if listed is None:
+        listed = [int(sample[1]) for sample in DataLoader(dataset, batch_size=None)]
+    return np.asarray(listed, dtype=np.int64)
 
 
 def missing_classes(counts: Mapping[int, int], expected: Iterable[int], class_names: Sequence[str]) -> list[str]:

@@ -52,7 +52,7 @@ def evaluate(
         retrained_preprocessing: its own, where it differs from `split.preprocessing` in mean and std.
         method: recorded, as are `config` and `seed`.
         phases: of the method's run, for its cost.
-        journal: to which evaluation adds its own phases.
+        journal: of the method's run, for what its calibration found; evaluation adds its own phases.
 
     Raises:
         InputError: there is no test set, or the models do not fit each other or the data.
@@ -108,7 +108,9 @@ def evaluate(
             "evaluation": _by_name([phase for phase in evaluation_phases if phase.name == "evaluate after"], names),
         },
         environment=environment(unlearned),
-        checks=check_outcome(metrics),
+        checks=check_outcome(metrics)
+        | {"signals": journal.calibration.reached if journal.calibration is not None else None},
+        calibration=asdict(journal.calibration) if journal.calibration is not None else None,
     )
 
 
@@ -158,18 +160,17 @@ def check_outcome(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 def cost_of(method: Sequence[Phase], evaluation: Sequence[Phase]) -> dict[str, Any]:
     """Return seconds, optimizer steps and samples of each phase of the method, their totals, and what judging took."""
+    phases: dict[str, dict[str, Any]] = {}
+    for phase in method:  # one may run several times
+        total = phases.setdefault(phase.name, {"seconds": 0.0, "steps": 0, "samples": 0, "final_loss": None})
+        total["seconds"] += phase.seconds
+        total["steps"] += phase.steps
+        total["samples"] += phase.samples
+        total["final_loss"] = phase.final_loss
     return {
-        "phases": {
-            phase.name: {
-                "seconds": phase.seconds,
-                "steps": phase.steps,
-                "samples": phase.samples,
-                "final_loss": phase.final_loss,
-            }
-            for phase in method
-        },
+        "phases": phases,
         "seconds": sum(phase.seconds for phase in method),
-        "steps": sum(phase.steps for phase in method),
+        "steps": sum(phase.steps for phase in method if phase.name != "answers"),
         "samples": sum(phase.samples for phase in method),
         "evaluation_seconds": sum(phase.seconds for phase in evaluation),
     }

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from expunge.schema import Phase
+from expunge.schema import CalibrationReport, Phase, Signals
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -26,6 +26,7 @@ class Meter:
     _loss_steps: int = 0
     _correct: int = 0
     _seen: int = 0
+    _told: str = ""
     _show: tuple[Progress, TaskID] | None = None
 
     def start_epoch(self) -> None:
@@ -59,7 +60,11 @@ class Meter:
         parts = [f"loss {self.loss:.3f}"] if self.loss is not None else []
         if self._seen:
             parts.append(f"accuracy {self._correct / self._seen:.1%}")
-        return "  ".join(parts)
+        return "  ".join([*parts, self._told] if self._told else parts)
+
+    def tell(self, words: str) -> None:
+        """Show `words` beside the running means from now on."""
+        self._told = words
 
 
 class Journal:
@@ -67,8 +72,18 @@ class Journal:
 
     def __init__(self, progress: Progress | None = None, report: Callable[[Phase], None] | None = None) -> None:
         self.phases: list[Phase] = []
+        self.signals: list[Signals] = []
+        self.calibration: CalibrationReport | None = None
+        self._meter: Meter | None = None
         self._progress = progress
         self._report = report
+
+    def signal(self, signals: Signals) -> None:
+        """Keep signals that were read, and show them beside the phase that runs."""
+        self.signals.append(signals)
+        if self._meter is not None:
+            called = ", ".join(f"{kind} {share:.0%}" for kind, share in signals.impressions_called.items())
+            self._meter.tell(f"still called: {called}; retained {signals.retain_accuracy:.1%}")
 
     @contextmanager
     def phase(self, name: str, *, steps: int | None) -> Iterator[Meter]:
@@ -77,7 +92,11 @@ class Journal:
         if self._progress is not None:
             meter._show = (self._progress, self._progress.add_task(name, total=steps, state=""))
         start = time.perf_counter()
-        yield meter
+        outer, self._meter = self._meter, meter
+        try:
+            yield meter
+        finally:
+            self._meter = outer
         phase = Phase(
             name=name,
             seconds=time.perf_counter() - start,
@@ -85,6 +104,7 @@ class Journal:
             samples=meter.samples,
             label_counts=dict(sorted(meter.labels.items())),
             final_loss=meter.loss,
+            signals=meter._told,
         )
         self.phases.append(phase)
         if meter._show is not None:

@@ -114,6 +114,41 @@ class Phase:
     samples: int  # images that went through the optimizer, repeats counted
     label_counts: Mapping[int, int]  # the same by label; real data only, so empty for learned noise
     final_loss: float | None  # mean over the last epoch; None where nothing was trained
+    signals: str = ""  # what was last read of the model in this phase, in words
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signals:
+    """What a changed model shows on inputs at hand, none of them of a forget class; see signals.py."""
+
+    phase: str  # in which they were read
+    step: int  # of it
+    impressions_called: Mapping[str, float]  # share of held-out class impressions still called a forget class, by kind
+    class_probability: float  # of the forget classes together: the highest mean over retained images and impressions
+    retain_accuracy: float  # on held-out retained images
+    retain_agreement: float  # the same, with the original's answer for the label and no forgotten class to answer
+    retain_divergence: float  # nats, mean KL(original over retained classes || changed model) on the same images
+
+    @property
+    def still_called(self) -> float:
+        """The share of impressions still called a forget class, of the kind that is called so most."""
+        return max(self.impressions_called.values(), default=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationReport:
+    """What a calibrated method found, and why it ended."""
+
+    reached: bool  # the signals say that the classes are gone
+    back: bool  # held-out retained accuracy is where the original's was, with no forgotten class to answer
+    why: str  # it ended, as a sentence
+    impair_rate: float  # found
+    repair_rate: float
+    batch_size: int
+    held_out: int  # retained images that signals were read on
+    rounds: int  # of impair and repair
+    trials: tuple[Mapping[str, Any], ...]  # of impair: round, rate, steps, outcome, still_called, retain_agreement
+    signals: tuple[Signals, ...]  # in the order they were read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +166,7 @@ class Record:
     samples_read: Mapping[str, Any]
     environment: Mapping[str, Any]
     checks: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
     schema_version: int = SCHEMA_VERSION
 

@@ -11,6 +11,7 @@ import pickle
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,8 +31,18 @@ from expunge.files import write_atomically
 from expunge.journal import Journal
 from expunge.schema import Predictions, Preprocessing, TrainConfig
 
-Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(logits (N, C), images (N, channels, H, W), labels (N,)) -> scalar loss."""
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step trains on, on the model's device."""
+
+    images: Tensor  # (N, channels, H, W) float model input
+    labels: Tensor  # (N,) int64
+    targets: Tensor | None  # (N, C) probabilities that samples carry as a third item; NaN where one does not
+
+
+Objective = Callable[[Tensor, Batch], Tensor]
+"""(logits (N, C), batch) -> scalar loss."""
 
 PREDICT_BATCH = 256
 
@@ -50,11 +61,13 @@ def train(
     checkpoint: Path | None = None,
     identity: str = "",
     refused: Collection[int] = (),
+    until: Callable[[int], bool] | None = None,
 ) -> None:
     """Train `model` in place, in train mode, and leave it in eval mode. Parameters without `requires_grad` stay.
 
     Args:
-        dataset: (image, label) samples; images uint8, which `preprocessing` normalizes, or float.
+        dataset: (image, label) samples, or (image, label, target (C,)); images uint8, which `preprocessing` normalizes,
+            or float.
         seed: of the order of samples, augmentation and dropout; the caller's random state is left alone.
         synthetic: images made from a model, shuffled in with `dataset`, shown as often, and not counted as read.
         objective: the loss; cross-entropy of logits and labels by default.
@@ -62,6 +75,8 @@ def train(
             the same result bit for bit on CPU. The caller removes it when the result is safe.
         identity: what else, besides config and seed, a checkpoint must agree in: which data, which model.
         refused: labels that no sample of `dataset` may bear; one that does stops the training before it is used.
+        until: asked after each step with the number of steps done; the training ends where it says True. What it does
+            to the model's mode and to the random state is undone.
 
     Raises:
         DivergedError: the loss became NaN or infinite.
@@ -86,8 +101,9 @@ def train(
     if checkpoint is not None:
         first_epoch = _restore(checkpoint, model, optimizer, scheduler, _fingerprint(config, seed, identity))
     runner, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
-    loss_of = objective or (lambda logits, _, labels: F.cross_entropy(logits, labels))
+    loss_of = objective or (lambda logits, batch: F.cross_entropy(logits, batch.labels))
     left = steps - first_epoch * len(loader)
+    done = False
     layout: torch.memory_format | None = None
 
     with (journal or Journal()).phase(phase, steps=left) as meter:
@@ -98,19 +114,19 @@ def train(
             with seeded(_epoch_seed(seed, epoch)), statistics:
                 if hasattr(loader, "set_epoch"):
                     loader.set_epoch(epoch)
-                for batch in loader:
-                    if meter.steps == left:
+                for pieces in loader:
+                    if meter.steps == left or done:
                         break
-                    real = _real_labels(batch)
+                    real = _real_labels(pieces)
                     if not real.keys().isdisjoint(refused):
                         raise InputError(
                             f"a retained sample bears the forgotten label {min(real.keys() & set(refused))}"
                         )
-                    images, labels = _inputs(batch, preprocessing, device)
-                    images = augment(images, config)
-                    layout = layout or fastest_layout(model, images)
-                    logits = logits_of(runner(images.contiguous(memory_format=layout)))
-                    loss = loss_of(logits, images, labels)
+                    batch = _inputs(pieces, preprocessing, device)
+                    batch = replace(batch, images=augment(batch.images, config))
+                    layout = layout or fastest_layout(model, batch.images)
+                    logits = logits_of(runner(batch.images.contiguous(memory_format=layout)))
+                    loss = loss_of(logits, batch)
                     value = loss.item()
                     if not math.isfinite(value):
                         raise DivergedError(
@@ -123,9 +139,14 @@ def train(
                         accelerator.clip_grad_value_(parameters, config.clip_value)
                     optimizer.step()
                     scheduler.step()
-                    correct = int((logits.detach().argmax(1) == labels).sum())
-                    meter.step(loss=value, samples=len(labels), correct=correct)
+                    correct = int((logits.detach().argmax(1) == batch.labels).sum())
+                    meter.step(loss=value, samples=len(batch.labels), correct=correct)
                     meter.read(real)
+                    if until is not None:
+                        with evaluating(model), seeded(0):
+                            done = until(meter.steps)
+            if done:
+                break
             if checkpoint is not None and accelerator.is_main_process:
                 fingerprint = _fingerprint(config, seed, identity)
                 _save_checkpoint(checkpoint, model, optimizer, scheduler, fingerprint, epoch + 1)
@@ -162,13 +183,13 @@ def predict(
     logits: list[Tensor] = []
     labels: list[Tensor] = []
     with evaluating(model), seeded(0), (journal or Journal()).phase(phase, steps=len(loader)) as meter:
-        for batch in loader:
-            images, truth = _inputs(batch, preprocessing, device)
-            answer, truth = accelerator.gather_for_metrics((logits_of(model(images)), truth))
+        for pieces in loader:
+            batch = _inputs(pieces, preprocessing, device)
+            answer, truth = accelerator.gather_for_metrics((logits_of(model(batch.images)), batch.labels))
             logits.append(answer.float().cpu())
             labels.append(truth.cpu())
             meter.step(samples=len(truth))
-            meter.read(_real_labels(batch))
+            meter.read(_real_labels(pieces))
     if not logits:
         raise InputError("expected samples to predict, got none")
     return Predictions(torch.cat(logits), torch.cat(labels))
@@ -231,6 +252,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def normalizing_by_batch(model: nn.Module) -> Iterator[None]:
+    """Put `model` into eval mode, but for layers with running statistics: those normalize by the batch and keep theirs.
+
+    While weights move and running statistics do not, eval mode shows a model that is more damaged than it is.
+    """
+    with evaluating(model), kept_statistics(model):
+        for module in model.modules():
+            if has_running_statistics(module):
+                module.training = True
+        yield
+
+
+@contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Draw from a random state of `seed`, and put the caller's back afterwards."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -288,11 +322,14 @@ def augment(images: Tensor, config: TrainConfig) -> Tensor:
     return images
 
 
-Piece = tuple[Tensor, Tensor]
-"""Images and labels of one origin: uint8 samples and float noise cannot share a tensor before normalization."""
+Piece = tuple[Tensor, Tensor, Tensor | None]
+"""Images, labels and targets of one origin: uint8 samples and float noise share no tensor before normalization."""
+
+Tagged = tuple[tuple[Any, ...], bool]
+"""A sample, and whether it is real."""
 
 
-class _Tagged(Dataset[tuple[Any, Any, bool]]):
+class _Tagged(Dataset[Tagged]):
     """A data set, or two after one another, whose samples say whether they are real."""
 
     def __init__(self, real: Dataset[Any], synthetic: Dataset[Any] | None = None) -> None:
@@ -302,14 +339,14 @@ class _Tagged(Dataset[tuple[Any, Any, bool]]):
     def __len__(self) -> int:
         return _size(self.real) + (_size(self.synthetic) if self.synthetic is not None else 0)
 
-    def __getitem__(self, index: int) -> tuple[Any, Any, bool]:
+    def __getitem__(self, index: int) -> Tagged:
         split = _size(self.real)
         if index < split or self.synthetic is None:
-            return (*self.real[index], True)
-        return (*self.synthetic[index - split], False)
+            return tuple(self.real[index]), True
+        return tuple(self.synthetic[index - split]), False
 
 
-class _TaggedStream(IterableDataset[tuple[Any, Any, bool]]):
+class _TaggedStream(IterableDataset[Tagged]):
     """The same for an iterable data set: synthetic samples are spread evenly at random over its length."""
 
     def __init__(self, real: Any, synthetic: Any | None, seed: int) -> None:
@@ -327,17 +364,17 @@ class _TaggedStream(IterableDataset[tuple[Any, Any, bool]]):
         if hasattr(self.real, "set_epoch"):
             self.real.set_epoch(epoch)
 
-    def __iter__(self) -> Iterator[tuple[Any, Any, bool]]:
+    def __iter__(self) -> Iterator[Tagged]:
         rng = np.random.default_rng((self.seed, self.epoch, 1))
         waiting = rng.permutation(len(self.synthetic) if self.synthetic is not None else 0).tolist()
         to_come = self.size
-        for image, label in self.real:
+        for sample in self.real:
             while waiting and rng.random() < len(waiting) / (len(waiting) + max(1, to_come)):
-                yield (*cast(Any, self.synthetic)[waiting.pop()], False)
-            yield image, label, True
+                yield tuple(cast(Any, self.synthetic)[waiting.pop()]), False
+            yield tuple(sample), True
             to_come -= 1
         for index in waiting:
-            yield (*cast(Any, self.synthetic)[index], False)
+            yield tuple(cast(Any, self.synthetic)[index]), False
 
 
 def _mix(real: Dataset[Any], synthetic: Dataset[Any] | None, seed: int) -> Any:
@@ -365,22 +402,25 @@ def _loader(dataset: Any, batch_size: int, *, shuffle: bool) -> DataLoader[Any]:
     )
 
 
-def _collate(samples: list[tuple[Any, Any, bool]]) -> tuple[Piece | None, Piece | None]:
+def _collate(samples: list[Tagged]) -> tuple[Piece | None, Piece | None]:
     """Return the real and the synthetic piece of a batch."""
-    real, synthetic = (
-        [(image, label) for image, label, tag in samples if bool(tag) is wanted] for wanted in (True, False)
-    )
+    real, synthetic = ([sample for sample, tag in samples if tag is wanted] for wanted in (True, False))
     return _piece(real), _piece(synthetic)
 
 
-def _piece(samples: list[tuple[Any, Any]]) -> Piece | None:
+def _piece(samples: list[tuple[Any, ...]]) -> Piece | None:
     if not samples:
         return None
-    images = [as_tensor(image) for image, _ in samples]
+    images = [as_tensor(sample[0]) for sample in samples]
     if len({image.shape for image in images}) > 1:
         shapes = ", ".join(sorted({str(tuple(image.shape)) for image in images})[:3])
         raise InputError(f"expected images of one shape, got {shapes}; resize them first")
-    return torch.stack(images), torch.tensor([int(label) for _, label in samples])
+    given = next((sample[2] for sample in samples if len(sample) > 2), None)
+    targets = None
+    if given is not None:
+        unknown = torch.full_like(given, torch.nan)
+        targets = torch.stack([sample[2] if len(sample) > 2 else unknown for sample in samples])
+    return torch.stack(images), torch.tensor([int(sample[1]) for sample in samples]), targets
 
 
 def as_tensor(image: Any) -> Tensor:
@@ -397,15 +437,23 @@ def as_tensor(image: Any) -> Tensor:
 
 
 def _inputs(
-    batch: tuple[Piece | None, Piece | None], preprocessing: Preprocessing | None, device: torch.device
-) -> Piece:
-    pieces = [piece for piece in batch if piece is not None]
-    images = [normalize(images.to(device, non_blocking=True), preprocessing) for images, _ in pieces]
-    return torch.cat(images), torch.cat([labels for _, labels in pieces]).to(device)
+    both: tuple[Piece | None, Piece | None], preprocessing: Preprocessing | None, device: torch.device
+) -> Batch:
+    pieces = [piece for piece in both if piece is not None]
+    images = [normalize(images.to(device, non_blocking=True), preprocessing) for images, _, _ in pieces]
+    return Batch(torch.cat(images), torch.cat([labels for _, labels, _ in pieces]).to(device), _targets(pieces, device))
 
 
-def _real_labels(batch: tuple[Piece | None, Piece | None]) -> Counter[int]:
-    return Counter(batch[0][1].tolist()) if batch[0] is not None else Counter()
+def _targets(pieces: list[Piece], device: torch.device) -> Tensor | None:
+    width = next((targets.shape[1] for _, _, targets in pieces if targets is not None), None)
+    if width is None:
+        return None
+    rows = [t if t is not None else torch.full((len(labels), width), torch.nan) for _, labels, t in pieces]
+    return torch.cat(rows).to(device)
+
+
+def _real_labels(pieces: tuple[Piece | None, Piece | None]) -> Counter[int]:
+    return Counter(pieces[0][1].tolist()) if pieces[0] is not None else Counter()
 
 
 # Optimizer, schedule, checkpoint

@@ -10,7 +10,12 @@ from expunge.methods.unsir import UnsirConfig, unsir
 METHODS: dict[str, Callable[..., nn.Module]] = {"unsir": unsir}
 
 PRESETS: dict[str, dict[str, Callable[[], Any]]] = {
-    "unsir": {"default": UnsirConfig, "paper": UnsirConfig.paper, "notebook": UnsirConfig.notebook},
+    "unsir": {
+        "default": UnsirConfig,
+        "fast": UnsirConfig.fast,
+        "paper": UnsirConfig.paper,
+        "notebook": UnsirConfig.notebook,
+    },
 }
 
 __all__ = ["METHODS", "PRESETS", "UnsirConfig", "unsir"]

@@ -7,23 +7,31 @@ Shapes: noise images (N, channels, H, W), float model input; labels (N,) int64.
 from __future__ import annotations
 
 import copy
-import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
 
-from expunge.data import TensorImages, count_labels, normalize
+from expunge.data import TensorImages, count_labels, hold_out
 from expunge.errors import DivergedError, InputError
-from expunge.journal import Journal, Meter
+from expunge.journal import Journal
 from expunge.methods.checks import check_zero_glance, first_image
-from expunge.schema import Sample, Split, TrainConfig
-from expunge.training import Objective, as_tensor, device_of, logits_of, seeded, train
+from expunge.schema import CalibrationReport, Sample, Signals, Split, TrainConfig
+from expunge.signals import (
+    Evidence,
+    Impressions,
+    descend,
+    gather_evidence,
+    learn_impressions,
+    read_signals,
+    retained_answers,
+)
+from expunge.training import Batch, Objective, logits_of, predict, seeded, train
 
 NOTEBOOK_DEFECTS = {
     "three_noise_images": "of each class's noise only as many images as an image has channels are used",
@@ -35,22 +43,59 @@ NOTEBOOK_DEFECTS = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """How rates and lengths are found from signals, and the bounds of that search; see docs/research/calibration.md."""
+
+    held_out: float = 0.05  # share of the retain sample that signals are read on and that is never trained on
+    held_out_most: int = 512  # images, at most
+    evidence: int = 48  # held-out class impressions of each kind, of all classes together (but two a class)
+    check_every: int = 6  # impair steps between readings
+    called: float = 0.05  # a class counts as gone where no more of its impressions, of any kind, are called it,
+    probability: float = 0.005  # and, after repair, where its mean probability on them is nowhere higher
+    floor: float = 0.1  # agreement with the original, beyond chance, below which impair did too much
+    trials: int = 4  # rates that impair may try in a round, each half the one before and from the same weights
+    rounds: int = 2  # times that impair and repair may be done; the second at twice the rate where the class is left
+    cycles: int = 2  # of repair in a round; those after the first are a quarter as long, at half the rate
+    back: float = 0.05  # loss of accuracy on held-out retained images, which the original was trained on, that is back
+    lost: float = 0.15  # loss at which a round did too much and is done again from the original, at half the rate
+
+    def __post_init__(self) -> None:
+        for name in ("held_out_most", "evidence", "check_every", "trials", "rounds", "cycles"):
+            if getattr(self, name) < 1:
+                raise InputError(f"expected {name} of at least 1, got {getattr(self, name)}")
+        for name in ("held_out", "called", "probability", "floor", "back", "lost"):
+            if not 0 < getattr(self, name) < 1:
+                raise InputError(f"expected {name} between 0 and 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class UnsirConfig:
-    """Hyper-parameters of UNSIR. The defaults are those that did best in docs/research/defaults.md."""
+    """Hyper-parameters of UNSIR. The defaults are those that did best in docs/research/calibration.md.
+
+    With a calibration, the rates are where its search starts, and the batches the largest it uses: a small retain
+    sample is trained on in smaller ones.
+    """
 
     noise_per_class: int = 32  # images learned for each forget class
+    noise_images: int | None = 96  # of all classes together, at most (but one a class); None: no limit
     noise_steps: int = 40  # Adam steps, as in the notebook: 5 epochs of 8
     noise_lr: float = 0.1  # notebook
     noise_penalty: float = 3.0  # weight of the mean squared pixel; the notebook's 0.1 on the sum is 307.2 at 3x32x32
-    noise_share: float = 0.4  # of the images in impair, in (0, 1)
+    noise_share: float = 0.25  # of the images in impair, in (0, 1)
     noise_repeats: int | None = None  # times each noise image is shown in a pass; None: as noise_share asks
     impair: TrainConfig = field(
-        default_factory=lambda: TrainConfig(steps=24, lr=0.003, schedule="one_cycle", update_norm_statistics=False)
+        default_factory=lambda: TrainConfig(
+            steps=48, lr=0.006, batch_size=128, schedule="one_cycle", update_norm_statistics=False
+        )
     )
-    impressions_per_class: int = 32  # images the original calls a forget class, unlearned in repair; 0: none (paper)
-    impression_share: float = 0.2  # of the images in repair, in (0, 1)
-    repair: TrainConfig = field(default_factory=lambda: TrainConfig(steps=128, lr=0.004, schedule="one_cycle"))
+    impressions: int = 96  # images the original calls a forget class, of all classes together; 0: none (paper)
+    impression_share: float = 0.25  # of the images in impair, in (0, 1)
+    impression_share_repair: float = 0.1  # of the images in repair, in (0, 1)
+    repair: TrainConfig = field(
+        default_factory=lambda: TrainConfig(steps=320, lr=0.0015, batch_size=128, schedule="one_cycle")
+    )
     repair_temperature: float | None = 2.0  # of the original's answers that repair distils; None: train on labels
+    calibration: Calibration | None = field(default_factory=Calibration)  # None: all as stated, nothing is read
     defects: frozenset[str] = frozenset()  # of NOTEBOOK_DEFECTS
 
     def __post_init__(self) -> None:
@@ -64,11 +109,21 @@ class UnsirConfig:
                 f"expected a positive noise_lr and a noise_penalty of at least 0, "
                 f"got {self.noise_lr} and {self.noise_penalty}"
             )
-        for name in ("noise_share", "impression_share"):
+        for name in ("noise_share", "impression_share", "impression_share_repair"):
             if not 0 < getattr(self, name) < 1:
                 raise InputError(f"expected {name} between 0 and 1, got {getattr(self, name)}")
-        if self.impressions_per_class < 0:
-            raise InputError(f"expected impressions_per_class of at least 0, got {self.impressions_per_class}")
+        if self.impressions and self.noise_share + self.impression_share >= 1:
+            raise InputError("expected noise_share and impression_share to leave room for retained images")
+        if self.noise_images is not None and self.noise_images < 1:
+            raise InputError(f"expected noise_images of at least 1, got {self.noise_images}")
+        if self.calibration is not None and (self.impressions < 1 or self.repair_temperature is None):
+            raise InputError("a calibration needs impressions of at least 1 and a repair_temperature")
+        if self.calibration is not None and None in (self.impair.steps, self.repair.steps):
+            raise InputError("a calibration counts in steps: set impair.steps and repair.steps")
+        if self.calibration is not None and (self.defects or self.noise_repeats is not None):
+            raise InputError("a calibration does not go with defects or noise_repeats: set calibration=none")
+        if self.impressions < 0:
+            raise InputError(f"expected impressions of at least 0, got {self.impressions}")
         if self.repair_temperature is not None and not self.repair_temperature > 0:
             raise InputError(f"expected a positive repair_temperature, got {self.repair_temperature}")
         unknown = sorted(set(self.defects) - set(NOTEBOOK_DEFECTS))
@@ -76,16 +131,29 @@ class UnsirConfig:
             raise InputError(f"unknown defect {unknown[0]!r}: expected one of {', '.join(NOTEBOOK_DEFECTS)}")
 
     @classmethod
+    def fast(cls) -> UnsirConfig:
+        """The default for someone in a hurry: the class goes at the output, more of it is left inside."""
+        return cls(
+            noise_steps=20,
+            impressions=32,
+            impair=TrainConfig(steps=12, lr=0.002, batch_size=128, schedule="one_cycle", update_norm_statistics=False),
+            repair=TrainConfig(steps=88, lr=0.0015, batch_size=128, schedule="one_cycle"),
+            calibration=Calibration(evidence=16, held_out_most=128, cycles=1, probability=0.02),
+        )
+
+    @classmethod
     def paper(cls) -> UnsirConfig:
         """The paper's procedure with the rates its authors published, the notebook's defects mended."""
         return cls(
             noise_per_class=256,
+            noise_images=None,
             noise_penalty=307.2,
             noise_repeats=20,
             impair=TrainConfig(epochs=1, lr=0.02, update_norm_statistics=False),
             repair=TrainConfig(epochs=1, lr=0.01),
             repair_temperature=None,
-            impressions_per_class=0,
+            impressions=0,
+            calibration=None,
         )
 
     @classmethod
@@ -97,12 +165,14 @@ class UnsirConfig:
         """
         return cls(
             noise_per_class=256,
+            noise_images=None,
             noise_penalty=0.1,
             noise_repeats=20,
             impair=TrainConfig(epochs=1, lr=0.02),
             repair=TrainConfig(epochs=1, lr=0.01),
             repair_temperature=None,
-            impressions_per_class=0,
+            impressions=0,
+            calibration=None,
             defects=frozenset(NOTEBOOK_DEFECTS),
         )
 
@@ -121,24 +191,30 @@ def unsir(
         model: gives logits (N, C) for images (N, channels, H, W); it is not changed.
         split: the classes to forget and a retain sample without them; `split.forget` must be None.
         seed: of all randomness; the same seed gives the same weights, bit for bit on CPU.
-        journal: collects seconds, steps and samples of each phase.
+        journal: collects seconds, steps and samples of each phase, and what a calibration found.
 
     Raises:
         InputError: the split holds forget samples, no or unusable classes, or no retain sample.
-        DivergedError: a loss became NaN or infinite.
+        DivergedError: a loss became NaN or infinite (with a calibration: at every rate that was tried).
     """
     config = config or UnsirConfig()
+    journal = journal or Journal()
     check_zero_glance(model, split)
+    if config.calibration is not None:
+        return _Calibrated(model, split, config, config.calibration, seed=seed, journal=journal).run()
     if "train_mode_noise" in config.defects:
         model = copy.deepcopy(model)  # whose statistics the noise phase spoils, as the notebook's does
         noise = _learn_noise(model.train(), split, config, seed=seed, journal=journal)
     else:
         noise = learn_noise(model, split, config, seed=seed, journal=journal)
-    impaired = impair(model, split, noise, config, seed=seed, journal=journal)
     impressions = None
-    if config.impressions_per_class:
-        impressions = learn_impressions(model, split, config, seed=seed, journal=journal)
-    return repair(impaired, split, config, original=model, impressions=impressions, seed=seed, journal=journal)
+    if config.impressions:
+        impressions = _impressions(model, split, config, seed=seed, journal=journal)
+    impaired = impair(model, split, noise, config, impressions=impressions, seed=seed, journal=journal)
+    learned = noise if impressions is not None else None
+    return repair(
+        impaired, split, config, original=model, impressions=impressions, noise=learned, seed=seed, journal=journal
+    )
 
 
 def learn_noise(
@@ -149,46 +225,14 @@ def learn_noise(
     The model is in eval mode with frozen parameters: its statistics do not move and no weight gradient is computed.
 
     Returns:
-        `noise_per_class` images for each forget class, float model input on the CPU, with that class as label.
+        `noise_per_class` images for each forget class (fewer where `noise_images` would be exceeded), float model input
+        on the CPU, with that class as label.
 
     Raises:
         DivergedError: the objective became NaN or infinite.
     """
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     return _learn_noise(frozen, split, config, seed=seed, journal=journal)
-
-
-def learn_impressions(
-    model: nn.Module, split: Split, config: UnsirConfig, *, seed: int, journal: Journal | None = None
-) -> TensorImages:
-    """Learn images that the model calls a forget class, from retained images as the start.
-
-    Without forget data they are what is at hand to ask whether a class is still known, and to unlearn it with. The
-    model is in eval mode with frozen parameters.
-
-    Returns:
-        `impressions_per_class` images for each forget class, float model input on the CPU, with that class as label.
-
-    Raises:
-        DivergedError: the objective became NaN or infinite.
-    """
-    frozen = copy.deepcopy(model).eval().requires_grad_(False)
-    labels = torch.tensor(split.forget_classes).repeat_interleave(config.impressions_per_class)
-    with (journal or Journal()).phase("impressions", steps=IMPRESSION_STEPS) as meter, seeded(seed):
-        images = _descend(
-            frozen,
-            _retained_images(split, len(labels), seed),
-            labels,
-            lambda logits, labels, _: F.cross_entropy(logits, labels),
-            lr=IMPRESSION_LR,
-            steps=IMPRESSION_STEPS,
-            meter=meter,
-        )
-    return TensorImages(images, labels)
-
-
-IMPRESSION_STEPS = 40  # Adam steps; enough for a probability of the class above 0.99 on every model tried
-IMPRESSION_LR = 0.05  # four times it left 3 % of the class in the digits network of the tests
 
 
 def noise_objective(logits: Tensor, labels: Tensor, images: Tensor, penalty: float, *, summed: bool = False) -> Tensor:
@@ -213,10 +257,18 @@ def impair(
     noise: TensorImages,
     config: UnsirConfig,
     *,
+    impressions: Impressions | None = None,
     seed: int,
     journal: Journal | None = None,
+    until: Callable[[nn.Module, int], bool] | None = None,
 ) -> nn.Module:
     """Return a copy of `model` trained on noise and retain sample, shuffled together: it unlearns, and is damaged.
+
+    Noise bears the class it was learned for, so that the class comes to mean noise. Impressions, where there are any,
+    bear the class of the retained image they were made from, so that what made them the class comes to mean nothing.
+
+    Args:
+        until: asked after each step with the model and the number of steps done; impair ends where it says True.
 
     Raises:
         DivergedError: the loss became NaN or infinite.
@@ -229,10 +281,21 @@ def impair(
     if "label_zero" in config.defects:
         labels = torch.zeros_like(labels)
     noise = TensorImages(images, labels)
+    shown: Dataset[Sample]
     if config.noise_repeats is not None:
-        repeated: Dataset[Sample] = Subset(noise, list(range(len(noise))) * config.noise_repeats)
+        shown = Subset(noise, list(range(len(noise))) * config.noise_repeats)
+    elif impressions is None:
+        shown = _as_share(noise, config.noise_share, split)
     else:
-        repeated = _as_share(noise, config.noise_share, split)
+        others = 1 - config.noise_share - config.impression_share
+        shown = ConcatDataset(
+            [
+                _as_share(noise, config.noise_share, split, others),
+                _as_share(
+                    TensorImages(impressions.images, impressions.start_labels), config.impression_share, split, others
+                ),
+            ]
+        )
     impaired = copy.deepcopy(model)
     train(
         impaired,
@@ -240,10 +303,11 @@ def impair(
         config.impair,
         seed=seed,
         preprocessing=split.preprocessing,
-        synthetic=repeated,
+        synthetic=shown,
         journal=journal,
         phase="impair",
         refused=_gone(split),
+        until=None if until is None else lambda step: until(impaired, step),
     )
     return impaired
 
@@ -254,7 +318,8 @@ def repair(
     config: UnsirConfig,
     *,
     original: nn.Module,
-    impressions: TensorImages | None = None,
+    impressions: Impressions | None = None,
+    noise: TensorImages | None = None,
     seed: int,
     journal: Journal | None = None,
 ) -> nn.Module:
@@ -262,28 +327,293 @@ def repair(
 
     Args:
         original: the model before impair, whose answers are distilled where `repair_temperature` is set.
-        impressions: images shuffled in, on which the original's answer over retained classes is taught too.
+        impressions: shuffled in; on each, the original's answer on the image it was made from is taught.
+        noise: shuffled in with them: after impair, noise is not the class any more either.
 
     Raises:
         DivergedError: the loss became NaN or infinite.
         InputError: a retained sample bears a forgotten label, or impressions come without a `repair_temperature`.
     """
-    repaired = copy.deepcopy(model)
-    objective = None
-    if config.repair_temperature is None and impressions is not None:
-        raise InputError(
-            "impressions are unlearned by distillation: set repair_temperature, or impressions_per_class=0"
+    if config.repair_temperature is None:
+        if impressions is not None:
+            raise InputError("impressions are unlearned by distillation: set repair_temperature, or impressions=0")
+        lesson = Lesson(split.retain, None, None)
+    else:
+        lesson = teach(original, split, config, impressions, noise, journal=journal)
+    return _repair(model, split, config.repair, lesson, seed=seed, journal=journal)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What repair is taught: retained samples, the loss, and what is shuffled in."""
+
+    retain: Dataset[Sample]
+    synthetic: Dataset[Sample] | None
+    objective: Objective | None
+
+
+def teach(
+    original: nn.Module,
+    split: Split,
+    config: UnsirConfig,
+    impressions: Impressions | None = None,
+    noise: TensorImages | None = None,
+    *,
+    journal: Journal | None = None,
+) -> Lesson:
+    """Return the lesson of distillation: the original's answers over retained classes, on retained samples,
+    impressions and noise. On an impression it is the answer on the image that it was made from: what made it the class
+    shall mean nothing. Answers on a retain sample in memory are computed once.
+
+    Source of distillation: Hinton et al., arXiv:1503.02531.
+    """
+    if config.repair_temperature is None:
+        raise InputError("expected a repair_temperature to distil with, got None")
+    temperature, gone = config.repair_temperature, _gone(split)
+    teacher = copy.deepcopy(original).eval()
+    retain = split.retain
+    if not isinstance(retain, IterableDataset):
+        own = predict(teacher, retain, preprocessing=split.preprocessing, journal=journal, phase="answers")
+        retain = Taught(retain, retained_answers(own.logits, gone, temperature))
+    synthetic: Dataset[Sample] | None = None
+    if impressions is not None:
+        images, asked, labels = impressions.images, impressions.starts, impressions.labels
+        if noise is not None:
+            images, asked = torch.cat([images, noise.images]), torch.cat([asked, noise.images])
+            labels = torch.cat([labels, noise.labels])
+        answers = predict(teacher, TensorImages(asked, labels))
+        taught = Taught(TensorImages(images, labels), retained_answers(answers.logits, gone, temperature))
+        synthetic = _as_share(taught, config.impression_share_repair, split)
+    return Lesson(retain, synthetic, distil_retained(teacher, gone, temperature))
+
+
+def distil_retained(original: nn.Module, gone: tuple[int, ...], temperature: float) -> Objective:
+    """Return the loss KL(what is taught || the model's answer over all classes), times temperature squared.
+
+    Taught is a sample's target where it has one, else the original's answer over the retained classes: the model
+    learns what the original knows of those, and that the classes `gone` do not exist.
+    """
+
+    def objective(logits: Tensor, batch: Batch) -> Tensor:
+        taught = batch.targets if batch.targets is not None else torch.full_like(logits, torch.nan)
+        open_ones = torch.isnan(taught[:, 0])
+        if open_ones.any():
+            with torch.no_grad():
+                answers = retained_answers(logits_of(original(batch.images[open_ones])), gone, temperature)
+            taught = taught.index_put((open_ones.nonzero().flatten(),), answers)
+        return F.kl_div((logits / temperature).log_softmax(1), taught, reduction="batchmean") * temperature**2
+
+    return objective
+
+
+class Taught(Dataset[Any]):
+    """Samples with a target each, (image, label, target (C,))."""
+
+    def __init__(self, samples: Dataset[Sample], targets: Tensor) -> None:
+        self.samples: Any = samples
+        self.targets = targets
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any, Tensor]:
+        sample = self.samples[index]
+        return sample[0], sample[1], self.targets[index]
+
+
+class _Calibrated:
+    """UNSIR whose rates and lengths are found from signals. One object is one run."""
+
+    def __init__(
+        self, model: nn.Module, split: Split, config: UnsirConfig, plan: Calibration, *, seed: int, journal: Journal
+    ) -> None:
+        self.model, self.plan, self.seed, self.journal = model, plan, seed, journal
+        training, held_out = hold_out(split.retain, share=plan.held_out, most=plan.held_out_most, seed=seed)
+        self.split = replace(split, retain=training)
+        batch = _fitting_batch(sum(count_labels(training).values()))
+        self.config = replace(
+            config,
+            impair=replace(config.impair, batch_size=min(batch, config.impair.batch_size)),
+            repair=replace(config.repair, batch_size=min(batch, config.repair.batch_size)),
         )
-    if config.repair_temperature is not None:
-        objective = distil_retained(copy.deepcopy(original).eval(), _gone(split), config.repair_temperature)
+        self.evidence = gather_evidence(
+            model,
+            self.split,
+            held_out,
+            per_class=max(2, plan.evidence // len(split.forget_classes)),
+            seed=seed + 1,
+            journal=journal,
+        )
+        self.trials: list[dict[str, Any]] = []
+
+    def run(self) -> nn.Module:
+        config, split = self.config, self.split
+        self._read(self.model, "original", 0)
+        noise = learn_noise(self.model, split, config, seed=self.seed, journal=self.journal)
+        impressions = _impressions(self.model, split, config, seed=self.seed, journal=self.journal)
+        lesson = teach(self.model, split, config, impressions, noise, journal=self.journal)
+        goal = _accuracy(self.evidence) - max(self.plan.back, 1 / len(self.evidence.labels)) - 1e-9
+        best: tuple[nn.Module, Signals] | None = None
+        model, rate, found, rounds = self.model, config.impair.lr, 0.0, 0
+        for rounds in range(1, self.plan.rounds + 1):
+            impaired, rate = self._impair(model, noise, impressions, rate, rounds)
+            slowed = min(1.0, rate / config.impair.lr)
+            model, after = self._repair(impaired, lesson, slowed, goal, rounds)
+            if best is None or self._rank(after) > self._rank(best[1]):
+                best, found = (model, after), rate
+            if not self._gone(after):
+                rate *= 2
+            elif self._lost(after):
+                model, rate = self.model, rate / 2
+            else:
+                break
+        assert best is not None  # rounds >= 1
+        model, after = best
+        gone, lost = self._gone(after), self._lost(after)
+        back = after.retain_accuracy >= goal
+        self.journal.calibration = CalibrationReport(
+            reached=gone and not lost,
+            back=back,
+            why=self._why(gone, back, after),
+            impair_rate=found,
+            repair_rate=config.repair.lr * min(1.0, found / config.impair.lr),
+            batch_size=config.repair.batch_size,
+            held_out=len(self.evidence.labels),
+            rounds=rounds,
+            trials=tuple(self.trials),
+            signals=tuple(self.journal.signals),
+        )
+        return model
+
+    def _impair(
+        self, model: nn.Module, noise: TensorImages, impressions: Impressions, rate: float, number: int
+    ) -> tuple[nn.Module, float]:
+        """Return the impaired model, and the rate: half as high again as long as impair does too much.
+
+        Each trial starts from the weights of `model`. Too little is not seen here but after repair, which is what
+        empties many classes: the next round then tries twice the rate.
+        """
+        mildest: nn.Module | None = None
+        error: DivergedError | None = None
+        for _ in range(self.plan.trials):
+            try:
+                mildest, outcome = self._trial(model, noise, impressions, rate, number)
+                if outcome != "too much":
+                    return mildest, rate
+            except DivergedError as raised:
+                error = raised
+                self.trials.append({"round": number, "rate": rate, "steps": None, "outcome": "diverged"})
+            rate /= 2
+        if mildest is None:
+            raise error or DivergedError("impair failed at every rate that was tried")
+        return mildest, rate * 2
+
+    def _trial(
+        self, model: nn.Module, noise: TensorImages, impressions: Impressions, rate: float, number: int
+    ) -> tuple[nn.Module, str]:
+        plan, steps = self.plan, self.config.impair.steps or 0
+        retained = self.evidence.answers.shape[1] - len(self.evidence.gone)
+        lowest = (1 + plan.floor * (retained - 1)) / retained if retained > 1 else 0.0
+        last: list[Signals] = []
+
+        def enough(impaired: nn.Module, step: int) -> bool:
+            if step % plan.check_every and step != steps:
+                return False
+            last.append(self._read(impaired, "impair", step, refresh=True))
+            return last[-1].retain_agreement < lowest or self._gone(last[-1])
+
+        config = replace(self.config, impair=replace(self.config.impair, lr=rate))
+        impaired = impair(
+            model, self.split, noise, config, impressions=impressions, seed=self.seed + number - 1,
+            journal=self.journal, until=enough,
+        )  # fmt: skip
+        end = last[-1]
+        outcome = "too much" if end.retain_agreement < lowest else "gone" if self._gone(end) else "left"
+        self.trials.append(
+            {
+                "round": number,
+                "rate": rate,
+                "steps": end.step,
+                "outcome": outcome,
+                "still_called": end.still_called,
+                "retain_agreement": end.retain_agreement,
+            }
+        )
+        return impaired, outcome
+
+    def _repair(
+        self, model: nn.Module, lesson: Lesson, slowed: float, goal: float, number: int
+    ) -> tuple[nn.Module, Signals]:
+        """Repair in cycles until retained accuracy is back or stalls; return the best of them and what it shows."""
+        first = self.config.repair
+        best: tuple[nn.Module, Signals] | None = None
+        for cycle in range(self.plan.cycles):
+            steps = first.steps or 0
+            config = replace(first, lr=first.lr * slowed)
+            if cycle > 0:
+                config = replace(config, lr=config.lr / 2, steps=max(1, steps // 4))
+            seed = self.seed + 100 * number + cycle
+            model = _repair(model, self.split, config, lesson, seed=seed, journal=self.journal)
+            shown = self._read(model, "repair", steps + cycle * max(1, steps // 4))
+            if best is not None and self._rank(shown) <= self._rank(best[1]):
+                break
+            best = (model, shown)
+            if shown.retain_accuracy >= goal:
+                break
+        assert best is not None  # cycles >= 1
+        return best
+
+    def _gone(self, signals: Signals) -> bool:
+        if signals.phase == "impair":  # in which noise bears the label of the class, so that kind says nothing
+            called = max(share for kind, share in signals.impressions_called.items() if kind != "noise")
+            return called <= self.plan.called
+        return signals.still_called <= self.plan.called and signals.class_probability <= self.plan.probability
+
+    def _lost(self, signals: Signals) -> bool:
+        return signals.retain_accuracy < _accuracy(self.evidence) - self.plan.lost
+
+    def _rank(self, signals: Signals) -> tuple[bool, float]:
+        return self._gone(signals), -signals.retain_divergence
+
+    def _read(self, model: nn.Module, phase: str, step: int, *, refresh: bool = False) -> Signals:
+        signals = read_signals(model, self.evidence, phase=phase, step=step, refresh=refresh)
+        self.journal.signal(signals)
+        return signals
+
+    def _why(self, gone: bool, back: bool, after: Signals) -> str:
+        if not gone:
+            return (
+                f"after {self.plan.rounds} rounds of impair and repair, {after.still_called:.0%} of the class "
+                "impressions of one kind are still called a forgotten class (mean probability up to "
+                f"{after.class_probability:.1%}); the best round is kept"
+            )
+        state = "is back" if back else "is lost" if self._lost(after) else "gains no more"
+        return (
+            f"the classes are gone, and accuracy on held-out retained images {state} "
+            f"({_accuracy(self.evidence):.1%} before, {after.retain_accuracy:.1%})"
+        )
+
+
+def _impressions(
+    model: nn.Module, split: Split, config: UnsirConfig, *, seed: int, journal: Journal | None
+) -> Impressions:
+    """Learn the impressions to train on: few enough of each class that all together are as many as asked for."""
+    count = max(1, config.impressions // len(split.forget_classes))
+    return learn_impressions(model, split, count, seed=seed, journal=journal)
+
+
+def _repair(
+    model: nn.Module, split: Split, config: TrainConfig, lesson: Lesson, *, seed: int, journal: Journal | None
+) -> nn.Module:
+    repaired = copy.deepcopy(model)
     train(
         repaired,
-        split.retain,
-        config.repair,
+        lesson.retain,
+        config,
         seed=seed,
         preprocessing=split.preprocessing,
-        synthetic=_as_share(impressions, config.impression_share, split) if impressions is not None else None,
-        objective=objective,
+        synthetic=lesson.synthetic,
+        objective=lesson.objective,
         journal=journal,
         phase="repair",
         refused=_gone(split),
@@ -291,40 +621,21 @@ def repair(
     return repaired
 
 
-def distil_retained(original: nn.Module, gone: Sequence[int], temperature: float) -> Objective:
-    """Return the loss KL(original's answer over retained classes || the model's answer over all), times T squared.
-
-    The original's logits of the classes `gone` are left out, so the model is taught what the original knows of the
-    retained classes, and that the others do not exist. Source of distillation: Hinton et al., arXiv:1503.02531.
-    """
-
-    def objective(logits: Tensor, images: Tensor, _: Tensor) -> Tensor:
-        with torch.no_grad():
-            taught = logits_of(original(images)) / temperature
-            taught[:, list(gone)] = -torch.inf
-            target = taught.softmax(1)
-        return F.kl_div((logits / temperature).log_softmax(1), target, reduction="batchmean") * temperature**2
-
-    return objective
+def _accuracy(evidence: Evidence) -> float:
+    """Return the original's accuracy on held-out retained images, with no forgotten class to answer."""
+    return (evidence.answers.argmax(1) == evidence.labels).double().mean().item()
 
 
-def _as_share(images: TensorImages, share: float, split: Split) -> Dataset[Sample]:
-    """Return `images` repeated until they are `share` of what an epoch shows beside the retain sample."""
-    shown = share / (1 - share) * sum(count_labels(split.retain).values())
-    return Subset(images, list(range(len(images))) * max(1, round(shown / len(images))))
+def _fitting_batch(samples: int) -> int:
+    """Return the batch for a retain sample: a power of two near a sixteenth of it, at least 32."""
+    return int(2 ** max(5, round(math.log2(max(1, samples) / 16))))
 
 
-def _retained_images(split: Split, count: int, seed: int) -> Tensor:
-    """Return `count` retained images as float model input, drawn at random (the first ones, of a stream), repeated
-    where there are fewer."""
-    retain: Any = split.retain
-    if isinstance(retain, IterableDataset):
-        samples = list(itertools.islice(retain, count))
-    else:
-        order = torch.randperm(len(retain), generator=torch.Generator().manual_seed(seed))[:count]
-        samples = [retain[int(index)] for index in order]
-    images = normalize(torch.stack([as_tensor(image) for image, _ in samples]), split.preprocessing)
-    return images.repeat((math.ceil(count / len(images)), 1, 1, 1))[:count]
+def _as_share(images: Dataset[Any], share: float, split: Split, others: float | None = None) -> Dataset[Any]:
+    """Return `images` repeated until they are `share` of what an epoch shows, where retained samples are `others`."""
+    size = len(images)  # type: ignore[arg-type]
+    shown = share / (1 - share if others is None else others) * sum(count_labels(split.retain).values())
+    return Subset(images, [index % size for index in range(max(size, round(shown)))])
 
 
 def _gone(split: Split) -> tuple[int, ...]:
@@ -337,7 +648,10 @@ def _learn_noise(
     """Learn noise with `model` in the mode it is in."""
     shape = first_image(split).shape
     classes = torch.tensor(split.forget_classes)
-    labels = classes.repeat_interleave(config.noise_per_class)
+    count = config.noise_per_class
+    if config.noise_images is not None:
+        count = max(1, min(count, config.noise_images // len(classes)))
+    labels = classes.repeat_interleave(count)
     start = torch.randn((len(labels), *shape), generator=torch.Generator().manual_seed(seed))
     # one batch a class only where the model's own statistics make the images of a batch depend on each other
     batches = classes.tolist() if model.training else [None]
@@ -346,7 +660,7 @@ def _learn_noise(
     with (journal or Journal()).phase("noise", steps=config.noise_steps * len(batches)) as meter, seeded(seed):
         for label in batches:
             chosen = labels == label if label is not None else torch.ones_like(labels, dtype=torch.bool)
-            images = _descend(
+            images = descend(
                 model,
                 start[chosen],
                 labels[chosen],
@@ -359,32 +673,3 @@ def _learn_noise(
             )
             learned.append(images)
     return TensorImages(torch.cat(learned), labels)
-
-
-def _descend(
-    model: nn.Module,
-    start: Tensor,
-    labels: Tensor,
-    objective: Callable[[Tensor, Tensor, Tensor], Tensor],
-    *,
-    lr: float,
-    steps: int,
-    meter: Meter,
-) -> Tensor:
-    """Return images after `steps` Adam steps down `objective(logits, labels, images)`; the model does not change."""
-    device = device_of(model)
-    images = start.to(device).clone().requires_grad_()
-    targets = labels.to(device)
-    optimizer = torch.optim.Adam([images], lr)
-    with torch.enable_grad():
-        for _ in range(steps):
-            loss = objective(logits_of(model(images)), targets, images)
-            if not torch.isfinite(loss):
-                raise DivergedError(
-                    f"the objective of learned images became {loss.item()} at step {meter.steps + 1}; nothing kept: "
-                    f"the model gives NaN, or noise_lr is too high (now {lr:g})"
-                )
-            (images.grad,) = torch.autograd.grad(loss, [images])
-            optimizer.step()
-            meter.step(loss=loss.item(), samples=len(images))
-    return images.detach().cpu()

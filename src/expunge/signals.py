@@ -1,0 +1,279 @@
+"""Signals: what a changed model still knows of a class, read without a single image of that class.
+
+What is at hand instead are class impressions, inputs that the original model calls the class, made from nothing but the
+model and retained images. One kind could fool a reader, so there are several, and what is read is not what was trained
+on. How well they track the truth: docs/research/calibration.md.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import Dataset, IterableDataset
+
+from expunge.data import TensorImages, normalize
+from expunge.errors import DivergedError, InputError
+from expunge.journal import Journal, Meter
+from expunge.schema import Preprocessing, Signals, Split
+from expunge.training import (
+    PREDICT_BATCH,
+    as_tensor,
+    device_of,
+    evaluating,
+    has_running_statistics,
+    logits_of,
+    seeded,
+)
+
+Kind = Literal["retained", "blend", "noise"]
+KINDS: tuple[Kind, ...] = ("retained", "blend", "noise")
+"""What an impression is made from: a retained image, the mean of two, or Gaussian noise."""
+
+IMPRESSION_STEPS = 40  # Adam steps; enough for a probability of the class above 0.99 on every model tried
+IMPRESSION_LR = 0.05  # four times it left 3 % of the class in the digits network of the tests
+REFRESH_IMAGES = 512  # retained images that normalization statistics are measured on
+
+
+@dataclass(frozen=True)
+class Impressions:
+    """Images that a model calls a class: model input, float (N, channels, H, W), on the CPU."""
+
+    images: Tensor
+    labels: Tensor  # (N,) int64, the class each was made for
+    starts: Tensor  # what they were made from, of the same shape as the images
+    start_labels: Tensor  # (N,) int64, its class: of the first where two were blended, -1 for noise
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What signals are read on. Tensors are on the CPU, images are model input."""
+
+    retained: Tensor  # (N, channels, H, W) held-out retained images
+    labels: Tensor  # (N,) int64
+    answers: Tensor  # (N, C) the original's probabilities over retained classes
+    impressions: Mapping[str, Impressions]  # by kind
+    forget_classes: tuple[int, ...]
+    gone: tuple[int, ...]  # those and the ones forgotten before
+    refresh: Tensor  # (N, channels, H, W) retained images for normalization statistics
+
+
+def learn_impressions(
+    model: nn.Module,
+    split: Split,
+    per_class: int,
+    *,
+    kind: Kind = "retained",
+    seed: int,
+    journal: Journal | None = None,
+) -> Impressions:
+    """Learn images that `model` calls each forget class, all classes in one batch.
+
+    The model is in eval mode with frozen parameters: nothing of it moves.
+
+    Args:
+        per_class: impressions of each forget class.
+        kind: what they start from, see KINDS.
+
+    Raises:
+        DivergedError: the loss became NaN or infinite.
+        InputError: there is no retained image.
+    """
+    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    labels = torch.tensor(split.forget_classes).repeat_interleave(per_class)
+    generator = torch.Generator().manual_seed(seed)
+    with (journal or Journal()).phase("impressions", steps=IMPRESSION_STEPS) as meter, seeded(seed):
+        count = len(labels)
+        if kind == "noise":
+            shape = retained_sample(split.retain, 1, split.preprocessing, generator).images.shape[1:]
+            starts, start_labels = torch.randn((count, *shape), generator=generator), torch.full((count,), -1)
+        else:
+            drawn = retained_sample(split.retain, count * (2 if kind == "blend" else 1), split.preprocessing, generator)
+            meter.read({int(k): int(v) for k, v in zip(*torch.unique(drawn.labels, return_counts=True), strict=True)})
+            starts, start_labels = drawn.images[:count], drawn.labels[:count]
+            if kind == "blend":
+                starts = (starts + drawn.images[count:]) / 2
+        images = descend(
+            frozen,
+            starts,
+            labels,
+            lambda logits, targets, _: F.cross_entropy(logits, targets),
+            lr=IMPRESSION_LR,
+            steps=IMPRESSION_STEPS,
+            meter=meter,
+        )
+    return Impressions(images, labels, starts, start_labels)
+
+
+def gather_evidence(
+    model: nn.Module,
+    split: Split,
+    held_out: Dataset[Any],
+    *,
+    per_class: int = 8,
+    seed: int,
+    journal: Journal | None = None,
+) -> Evidence:
+    """Return what to read signals on: held-out retained images and impressions of every kind, of the original `model`.
+
+    Args:
+        held_out: retained samples that the changed model will not be trained on; `split.retain` are those it will.
+        per_class: impressions of each kind for each forget class.
+
+    Raises:
+        InputError: there is no held-out image. DivergedError: the loss of impressions became NaN.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    samples = [held_out[index] for index in range(len(held_out))]  # type: ignore[arg-type]
+    if not samples:
+        raise InputError("expected held-out retained images to read signals on, got none")
+    retained = normalize(torch.stack([as_tensor(sample[0]) for sample in samples]), split.preprocessing)
+    gone = (*split.forget_classes, *split.forgotten_before)
+    return Evidence(
+        retained=retained,
+        labels=torch.tensor([int(sample[1]) for sample in samples]),
+        answers=retained_answers(_logits(model, retained), gone),
+        impressions={
+            kind: learn_impressions(model, split, per_class, kind=kind, seed=seed + number, journal=journal)
+            for number, kind in enumerate(KINDS)
+        },
+        forget_classes=split.forget_classes,
+        gone=gone,
+        refresh=retained_sample(split.retain, REFRESH_IMAGES, split.preprocessing, generator, repeat=False).images,
+    )
+
+
+def read_signals(
+    model: nn.Module, evidence: Evidence, *, phase: str = "", step: int = 0, refresh: bool = False
+) -> Signals:
+    """Return what `model`, in eval mode, shows on the evidence; it is not changed.
+
+    Args:
+        phase: and `step`, noted in the result: when it was read.
+        refresh: read on a copy whose running statistics are measured anew on retained images. While weights move and
+            statistics are kept, the model as it is looks more damaged than it is.
+    """
+    if refresh:
+        model = refreshed(model, evidence.refresh)
+    logits = _logits(model, evidence.retained)
+    masked = logits.clone()
+    masked[:, list(evidence.gone)] = -torch.inf
+    forget = list(evidence.forget_classes)
+    called: dict[str, float] = {}
+    highest = logits.softmax(1)[:, forget].sum(1).mean().item()
+    for kind, impressions in evidence.impressions.items():
+        answers = _logits(model, impressions.images)
+        called[kind] = torch.isin(answers.argmax(1), torch.tensor(forget)).double().mean().item()
+        highest = max(highest, answers.softmax(1)[:, forget].sum(1).mean().item())
+    return Signals(
+        phase=phase,
+        step=step,
+        impressions_called=called,
+        class_probability=highest,
+        retain_accuracy=(logits.argmax(1) == evidence.labels).double().mean().item(),
+        retain_agreement=(masked.argmax(1) == evidence.answers.argmax(1)).double().mean().item(),
+        retain_divergence=F.kl_div(logits.log_softmax(1), evidence.answers, reduction="batchmean").item(),
+    )
+
+
+def retained_answers(logits: Tensor, gone: tuple[int, ...], temperature: float = 1.0) -> Tensor:
+    """Return the probabilities (N, C) that logits (N, C) give the retained classes; 0 for the classes `gone`."""
+    kept = logits / temperature
+    kept[:, list(gone)] = -torch.inf
+    return kept.softmax(1)
+
+
+@torch.no_grad()
+def refreshed(model: nn.Module, images: Tensor) -> nn.Module:
+    """Return a copy of `model`, in eval mode, whose running statistics are those of `images` alone.
+
+    A model without BatchNorm is returned itself; of a single image nothing is measured.
+    """
+    copied = copy.deepcopy(model).eval()
+    layers = [m for m in copied.modules() if isinstance(m, _BatchNorm) and has_running_statistics(m)]
+    if len(images) % PREDICT_BATCH == 1:  # one image has no variance
+        images = images[:-1]
+    if not layers:
+        return model
+    if len(images) == 0:
+        return copied
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # the mean over all batches
+        layer.training = True
+    device = device_of(model)
+    for batch in torch.split(images, PREDICT_BATCH):
+        copied(batch.to(device))
+    return copied.eval()
+
+
+def descend(
+    model: nn.Module,
+    start: Tensor,
+    labels: Tensor,
+    objective: Callable[[Tensor, Tensor, Tensor], Tensor],
+    *,
+    lr: float,
+    steps: int,
+    meter: Meter,
+) -> Tensor:
+    """Return images after `steps` Adam steps down `objective(logits, labels, images)`; the model does not change."""
+    device = device_of(model)
+    images = start.to(device).clone().requires_grad_()
+    targets = labels.to(device)
+    optimizer = torch.optim.Adam([images], lr)
+    with torch.enable_grad():
+        for _ in range(steps):
+            loss = objective(logits_of(model(images)), targets, images)
+            if not torch.isfinite(loss):
+                raise DivergedError(
+                    f"the objective of learned images became {loss.item()} at step {meter.steps + 1}; nothing kept: "
+                    f"the model gives NaN, or the rate of the images is too high (now {lr:g})"
+                )
+            optimizer.zero_grad()
+            torch.autograd.backward(loss, inputs=[images])
+            optimizer.step()
+            meter.step(loss=loss.item(), samples=len(images))
+    return images.detach().cpu()
+
+
+def retained_sample(
+    dataset: Dataset[Any],
+    count: int,
+    preprocessing: Preprocessing | None,
+    generator: torch.Generator,
+    *,
+    repeat: bool = True,
+) -> TensorImages:
+    """Return `count` samples as float model input, drawn at random (the first ones, of a stream).
+
+    Where there are fewer, they are repeated, or with `repeat=False` each is returned once.
+    """
+    retain: Any = dataset
+    if isinstance(retain, IterableDataset):
+        samples = list(itertools.islice(retain, count))
+    else:
+        order = torch.randperm(len(retain), generator=generator)[:count]
+        samples = [retain[int(index)] for index in order]
+    if not samples:
+        raise InputError("expected a retain sample, got an empty one")
+    images = normalize(torch.stack([as_tensor(sample[0]) for sample in samples]), preprocessing)
+    labels = torch.tensor([int(sample[1]) for sample in samples])
+    index = torch.arange(count if repeat else len(samples)) % len(samples)
+    return TensorImages(images[index], labels[index])
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    device = device_of(model)
+    with evaluating(model):
+        return torch.cat(
+            [logits_of(model(batch.to(device))).float().cpu() for batch in torch.split(images, PREDICT_BATCH)]
+        )

@@ -1,0 +1,436 @@
+"""The default UNSIR, calibrated from signals: it forgets and keeps on networks of many kinds, and it ends."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from conftest import Tiny
+from expunge.data import TensorImages, draw, open_source, stage, with_test_split, without
+from expunge.errors import DivergedError, InputError
+from expunge.journal import Journal
+from expunge.methods.unsir import Calibration, UnsirConfig, unsir
+from expunge.schema import TrainConfig
+from expunge.signals import IMPRESSION_STEPS, KINDS
+from expunge.training import train
+
+UNREACHABLE = UnsirConfig(
+    noise_steps=2,
+    impressions=8,
+    impair=TrainConfig(steps=5, lr=1e-7, batch_size=64, update_norm_statistics=False),
+    repair=TrainConfig(steps=6, lr=1e-7, batch_size=64),
+    calibration=Calibration(called=1e-9, probability=1e-9, evidence=6, trials=2, rounds=2, cycles=2, check_every=2),
+)
+"""Rates so low that nothing moves: every bound of the search is met."""
+
+
+class Tokens(nn.Module):
+    """A vision transformer of one block: LayerNorm alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(1, 32, 2, stride=2)
+        self.place = nn.Parameter(torch.randn(1, 16, 32) * 0.1)
+        self.before = nn.LayerNorm(32)
+        self.look = nn.MultiheadAttention(32, 4, batch_first=True)
+        self.think = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+        self.classify = nn.Linear(32, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.embed(images).flatten(2).transpose(1, 2) + self.place
+        seen = self.before(tokens)
+        tokens = tokens + self.look(seen, seen, seen, need_weights=False)[0]
+        answers: Tensor = self.classify((tokens + self.think(tokens)).mean(1))
+        return answers
+
+
+class Tied(nn.Module):
+    """One convolution that is used twice, and another that shares its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 16, 3, padding=1)
+        self.again = nn.Conv2d(16, 16, 3, padding=1)
+        self.shared = nn.Conv2d(16, 16, 3, padding=1)
+        self.shared.weight = self.again.weight
+        self.norm = nn.BatchNorm2d(16)
+        self.out = nn.Linear(64, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.again(self.again(self.first(images).relu()).relu())
+        maps = F.adaptive_avg_pool2d(self.shared(self.norm(maps).relu()).relu(), 2)
+        answers: Tensor = self.out(maps.flatten(1))
+        return answers
+
+
+def plain() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 10),
+    )  # fmt: skip
+
+
+def grouped() -> nn.Module:
+    """Grouped and depthwise convolutions; its head is a convolution."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1, groups=4), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1, groups=32), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2), nn.Conv2d(32, 10, 2), nn.Flatten(),
+    )  # fmt: skip
+
+
+def frozen() -> nn.Module:
+    """LayerNorm, and a first layer that does not train."""
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 64), nn.LayerNorm(64), nn.ReLU(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10)
+    )
+
+
+@dataclass(frozen=True)
+class Net:
+    make: Callable[[], nn.Module]
+    lr: float
+    loss_allowed: float = 0.03  # of retained accuracy
+
+
+NETS = {
+    "norm-free": Net(plain, 0.005),
+    "transformer": Net(Tokens, 0.005),
+    "tied": Net(Tied, 0.01),
+    "grouped": Net(grouped, 0.01),
+    "frozen": Net(frozen, 0.005),
+}
+
+
+class Nets:
+    """Small networks of the digits, each trained when first asked for."""
+
+    def __init__(self, tiny: Tiny) -> None:
+        source, _ = with_test_split(open_source("digits"))
+        self.tiny, self.table = tiny, source.train
+        preprocessing = tiny.split.preprocessing
+        assert preprocessing is not None
+        self.preprocessing = preprocessing
+        self.images = stage(source.train, preprocessing).dataset
+        self.made: dict[str, nn.Module] = {}
+
+    def get(self, name: str, classes: tuple[int, ...] = (3,)) -> Tiny:
+        net = NETS[name]
+        if name not in self.made:
+            torch.manual_seed(0)
+            model = net.make()
+            config = TrainConfig(epochs=10, lr=net.lr, batch_size=64, schedule="one_cycle")
+            train(model, self.images, config, seed=0, preprocessing=self.preprocessing)
+            if name == "frozen":
+                model[1].requires_grad_(False)  # type: ignore[index]
+            self.made[name] = model
+        return self.forgetting(self.made[name], classes)
+
+    def forgetting(self, model: nn.Module, classes: tuple[int, ...]) -> Tiny:
+        retain = stage(draw(without(self.table, classes), per_class=100, seed=0), self.preprocessing).dataset
+        return Tiny(model, replace(self.tiny.split, forget_classes=classes, retain=retain))
+
+
+@pytest.fixture(scope="session")
+def nets(tiny: Tiny) -> Nets:
+    return Nets(tiny)
+
+
+def steps_of(journal: Journal, *names: str) -> int:
+    """Optimizer steps; `answers` are batches read, not steps."""
+    return sum(phase.steps for phase in journal.phases if (phase.name in names if names else phase.name != "answers"))
+
+
+def most_steps(config: UnsirConfig) -> int:
+    plan = config.calibration
+    assert plan is not None
+    assert config.impair.steps is not None
+    assert config.repair.steps is not None
+    repair = config.repair.steps + (plan.cycles - 1) * (config.repair.steps // 4)
+    round_of = plan.trials * config.impair.steps + repair
+    return config.noise_steps + IMPRESSION_STEPS * (len(KINDS) + 1) + plan.rounds * round_of
+
+
+# It forgets and keeps
+
+
+def test_the_default_forgets_and_keeps(tiny: Tiny, forgotten: tuple[nn.Module, Journal]) -> None:
+    unlearned, journal = forgotten
+    assert tiny.accuracy(tiny.model, forget=True) > 0.9
+    assert tiny.accuracy(unlearned, forget=True) <= 0.01
+    assert tiny.accuracy(unlearned, forget=False) >= tiny.accuracy(tiny.model, forget=False) - 0.03
+    assert not any(module.training for module in unlearned.modules())
+    found = journal.calibration
+    assert found is not None
+    assert found.reached
+    assert found.held_out == 9 * int(100 * Calibration().held_out + 0.5)  # of each of nine classes
+    assert found.batch_size == 64  # of some 850 images
+    assert found.signals == tuple(journal.signals)
+    assert found.signals[0].phase == "original"
+    assert found.signals[0].retain_agreement == 1.0
+    assert {signals.phase for signals in found.signals[1:]} == {"impair", "repair"}
+    assert found.trials[-1]["outcome"] == "gone"
+    assert [trial["steps"] for trial in found.trials] == [p.steps for p in journal.phases if p.name == "impair"]
+    assert steps_of(journal) <= most_steps(UnsirConfig())
+    assert all(3 not in phase.label_counts for phase in journal.phases)
+    repaired = next(phase for phase in reversed(journal.phases) if phase.name == "repair")
+    assert repaired.signals.startswith("still called: retained ") or repaired.signals == ""
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_the_default_on_networks_of_many_kinds(nets: Nets, name: str) -> None:
+    case = nets.get(name)
+    before = copy.deepcopy(case.model.state_dict())
+    journal = Journal()
+    unlearned = unsir(case.model, case.split.zero_glance(), seed=0, journal=journal)
+    kept = case.accuracy(case.model, forget=False)
+    assert kept > 0.9
+    assert case.accuracy(case.model, forget=True) > 0.8
+    assert case.accuracy(unlearned, forget=True) <= 0.01
+    assert case.accuracy(unlearned, forget=False) >= kept - NETS[name].loss_allowed
+    assert steps_of(journal) <= most_steps(UnsirConfig())
+    for key, value in case.model.state_dict().items():
+        assert torch.equal(value, before[key]), f"{key} of the caller's model moved"
+    after = dict(unlearned.named_parameters())
+    for key, parameter in case.model.named_parameters():
+        assert after[key].requires_grad == parameter.requires_grad
+        assert torch.equal(after[key], before[key]) != parameter.requires_grad, key
+    if isinstance(unlearned, Tied):
+        assert unlearned.shared.weight is unlearned.again.weight
+
+
+def test_several_classes_at_once_cost_as_much_as_one(
+    nets: Nets, tiny: Tiny, forgotten: tuple[nn.Module, Journal]
+) -> None:
+    several = nets.forgetting(tiny.model, (1, 4, 7))
+    journal = Journal()
+    unlearned = unsir(tiny.model, several.split.zero_glance(), seed=0, journal=journal)
+    for label in (1, 4, 7):
+        alone = Tiny(tiny.model, replace(several.split, forget_classes=(label,)))
+        assert alone.accuracy(unlearned, forget=True) <= 0.01
+    assert several.accuracy(unlearned, forget=False) >= several.accuracy(tiny.model, forget=False) - 0.03
+    one = forgotten[1]
+    assert steps_of(journal, "noise", "impressions") == steps_of(one, "noise", "impressions")
+    assert steps_of(journal) <= 1.2 * steps_of(one)
+    assert not {1, 4, 7} & {label for phase in journal.phases for label in phase.label_counts}
+
+
+def test_a_second_request_keeps_the_first(nets: Nets, tiny: Tiny, forgotten: tuple[nn.Module, Journal]) -> None:
+    both = nets.forgetting(forgotten[0], (3, 5))
+    second = Tiny(forgotten[0], replace(both.split, forget_classes=(5,), forgotten_before=(3,)))
+    unlearned = unsir(forgotten[0], second.split.zero_glance(), seed=0)
+    assert second.accuracy(forgotten[0], forget=True) > 0.8
+    assert second.accuracy(unlearned, forget=True) <= 0.01
+    assert tiny.accuracy(unlearned, forget=True) <= 0.01
+    assert both.accuracy(unlearned, forget=False) >= both.accuracy(tiny.model, forget=False) - 0.05
+    with pytest.raises(InputError, match="samples of the forgotten class '3'"):
+        unsir(forgotten[0], replace(second.split.zero_glance(), retain=nets.images), seed=0)
+
+
+def test_a_calibrated_run_is_deterministic_and_leaves_modes_and_random_state_alone(nets: Nets) -> None:
+    case = nets.get("grouped")
+    config = replace(UnsirConfig(), repair=TrainConfig(steps=20, lr=0.0015, schedule="one_cycle"))
+    config = replace(config, calibration=Calibration(evidence=6, rounds=1))
+    case.model.train()
+    case.model[1].eval()  # type: ignore[index]
+    modes = [module.training for module in case.model.modules()]
+    state = torch.get_rng_state()
+    journals = Journal(), Journal()
+    first = unsir(case.model, case.split.zero_glance(), config, seed=2, journal=journals[0])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in case.model.modules()] == modes
+    torch.manual_seed(99)
+    second = unsir(case.model, case.split.zero_glance(), config, seed=2, journal=journals[1])
+    for key, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[key]), key
+    assert journals[0].calibration == journals[1].calibration
+    assert [p.steps for p in journals[0].phases] == [p.steps for p in journals[1].phases]
+
+
+def test_held_out_images_are_never_trained_on(nets: Nets, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = nets.get("norm-free")
+    module: Any = sys.modules["expunge.methods.unsir"]
+    held: list[Any] = []
+    real, cut = module.train, module.hold_out
+
+    def note(*given: Any, **more: Any) -> Any:
+        held.append(cut(*given, **more))
+        return held[-1]
+
+    def spy(model: nn.Module, dataset: Any, *given: Any, **more: Any) -> None:
+        trained = {tuple(dataset[index][0].flatten().tolist()) for index in range(len(dataset))}
+        kept_out = {tuple(image.flatten().tolist()) for image, _ in (held[0][1][i] for i in range(len(held[0][1])))}
+        assert len(trained) >= 800
+        assert len(kept_out) >= 40
+        assert not trained & kept_out
+        real(model, dataset, *given, **more)
+
+    monkeypatch.setattr(module, "hold_out", note)
+    monkeypatch.setattr(module, "train", spy)
+    unsir(case.model, case.split.zero_glance(), UNREACHABLE, seed=0)
+    assert len(held) == 1
+
+
+# It ends
+
+
+def test_a_goal_out_of_reach_ends_at_the_cap_and_says_so(nets: Nets) -> None:
+    case = nets.get("norm-free")
+    journal = Journal()
+    unlearned = unsir(case.model, case.split.zero_glance(), UNREACHABLE, seed=0, journal=journal)
+    found = journal.calibration
+    assert found is not None
+    assert not found.reached
+    assert "after 2 rounds" in found.why
+    assert "100% of the class impressions of one kind are still called" in found.why
+    assert found.back  # nothing moved, so nothing was lost
+    assert found.rounds == 2
+    assert [(t["round"], t["outcome"], t["steps"]) for t in found.trials] == [(1, "left", 5), (2, "left", 5)]
+    assert [t["rate"] for t in found.trials] == [1e-7, 2e-7]  # twice, where the class is left
+    read = [(signals.phase, signals.step) for signals in found.signals]
+    assert read[:4] == [("original", 0), ("impair", 2), ("impair", 4), ("impair", 5)]
+    assert steps_of(journal) <= most_steps(UNREACHABLE)
+    assert steps_of(journal, "impair") == 10
+    assert all(bool(torch.isfinite(value).all()) for value in unlearned.state_dict().values())
+
+
+def test_a_rate_that_does_too_much_is_halved_until_it_does_not(nets: Nets) -> None:
+    case = nets.get("norm-free")
+    config = replace(UnsirConfig(), impair=replace(UnsirConfig().impair, lr=1.6))
+    config = replace(config, calibration=Calibration(trials=12))
+    journal = Journal()
+    unlearned = unsir(case.model, case.split.zero_glance(), config, seed=0, journal=journal)
+    assert journal.calibration is not None
+    trials = [trial for trial in journal.calibration.trials if trial["round"] == 1]
+    assert trials[0]["outcome"] == "too much"
+    assert trials[-1]["outcome"] != "too much"
+    assert [t["rate"] for t in trials] == pytest.approx([1.6 / 2**number for number in range(len(trials))])
+    assert case.accuracy(unlearned, forget=True) <= 0.01
+    if case.accuracy(unlearned, forget=False) < case.accuracy(case.model, forget=False) - 0.05:
+        assert not journal.calibration.back  # lost, and said so
+
+
+@pytest.mark.parametrize("lr", [1e3, 1e6])
+def test_a_rate_that_ruins_the_model_ends_within_the_cap_and_is_not_called_back(nets: Nets, lr: float) -> None:
+    case = nets.get("norm-free")
+    config = replace(UNREACHABLE, impair=replace(UNREACHABLE.impair, lr=lr))
+    journal = Journal()
+    unlearned = unsir(case.model, case.split.zero_glance(), config, seed=0, journal=journal)
+    assert journal.calibration is not None
+    assert not journal.calibration.back
+    assert case.accuracy(unlearned, forget=False) < 0.9  # six steps of repair at 1e-7 bring nothing back
+    assert journal.calibration.trials[0]["rate"] == lr
+    assert steps_of(journal) <= most_steps(config)
+    assert all(bool(torch.isfinite(value).all()) for value in unlearned.state_dict().values())
+
+
+def test_a_loss_that_diverges_is_a_trial_that_did_too_much(nets: Nets) -> None:
+    case = nets.get("norm-free")
+    sgd = replace(UNREACHABLE.impair, optimizer="sgd", steps=12, lr=1e30)
+    with pytest.raises(DivergedError, match=r"at step \d+ of impair"):
+        unsir(case.model, case.split.zero_glance(), replace(UNREACHABLE, impair=sgd), seed=0)
+    plan = Calibration(evidence=6, trials=110, rounds=1, cycles=1)
+    journal = Journal()
+    unlearned = unsir(
+        case.model,
+        case.split.zero_glance(),
+        replace(UNREACHABLE, impair=sgd, calibration=plan),
+        seed=0,
+        journal=journal,
+    )
+    assert journal.calibration is not None
+    trials = journal.calibration.trials
+    assert (trials[0]["outcome"], trials[0]["steps"]) == ("diverged", None)
+    assert trials[-1]["steps"] is not None
+    assert all(bool(torch.isfinite(value).all()) for value in unlearned.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "taken"),
+    [
+        (["too much", "left"], 5e-8),
+        (["diverged", "too much", "gone"], 2.5e-8),
+        (["too much", "too much", "too much"], 2.5e-8),
+        (["left"], 1e-7),
+    ],
+)
+def test_the_recorded_rate_is_the_one_taken(
+    nets: Nets, monkeypatch: pytest.MonkeyPatch, outcomes: list[str], taken: float
+) -> None:
+    case = nets.get("norm-free")
+    searcher: Any = sys.modules["expunge.methods.unsir"]._Calibrated
+    waiting = list(outcomes)
+
+    def trial(
+        self: Any, model: nn.Module, _noise: TensorImages, _impressions: Any, rate: float, number: int
+    ) -> tuple[nn.Module, str]:
+        outcome = waiting.pop(0)
+        if outcome == "diverged":
+            raise DivergedError("the loss became nan")
+        self.trials.append({"round": number, "rate": rate, "steps": 1, "outcome": outcome})
+        return model, outcome
+
+    monkeypatch.setattr(searcher, "_trial", trial)
+    plan = Calibration(evidence=6, trials=3, rounds=1, cycles=1)
+    journal = Journal()
+    unsir(
+        case.model, case.split.zero_glance(), replace(UNREACHABLE, calibration=plan), seed=0, journal=journal
+    )  # fmt: skip
+    found = journal.calibration
+    assert found is not None
+    assert [t["outcome"] for t in found.trials] == outcomes
+    assert [t["rate"] for t in found.trials] == [1e-7, 5e-8, 2.5e-8][: len(outcomes)]
+    assert found.impair_rate == taken
+    assert found.repair_rate == pytest.approx(UNREACHABLE.repair.lr * taken / 1e-7)
+
+
+def test_a_calibration_counts_in_steps() -> None:
+    for phase in ("impair", "repair"):
+        with pytest.raises(InputError, match=r"set impair\.steps and repair\.steps"):
+            replace(UNREACHABLE, **{phase: TrainConfig(epochs=1)})  # type: ignore[arg-type]
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"trials": 0}, "trials of at least 1"),
+        ({"rounds": 0}, "rounds of at least 1"),
+        ({"cycles": 0}, "cycles of at least 1"),
+        ({"evidence": 0}, "evidence of at least 1"),
+        ({"check_every": 0}, "check_every of at least 1"),
+        ({"held_out_most": 0}, "held_out_most of at least 1"),
+        ({"held_out": 0.0}, "held_out between 0 and 1"),
+        ({"held_out": 1.0}, "held_out between 0 and 1"),
+        ({"called": 0.0}, "called between 0 and 1"),
+        ({"probability": 1.0}, "probability between 0 and 1"),
+        ({"floor": -0.1}, "floor between 0 and 1"),
+        ({"back": 2.0}, "back between 0 and 1"),
+        ({"lost": 1.0}, "lost between 0 and 1"),
+    ],
+)
+def test_a_calibration_refuses(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Calibration(**change)
+
+
+def test_the_fast_preset_is_a_calibration_of_few_steps(nets: Nets) -> None:
+    case = nets.get("transformer")
+    fast, journal = UnsirConfig.fast(), Journal()
+    unlearned = unsir(case.model, case.split.zero_glance(), fast, seed=0, journal=journal)
+    assert journal.calibration is not None
+    assert journal.calibration.reached
+    assert steps_of(journal) <= most_steps(fast) < most_steps(UnsirConfig()) / 2
+    assert case.accuracy(unlearned, forget=True) <= 0.01
+    assert case.accuracy(unlearned, forget=False) >= case.accuracy(case.model, forget=False) - 0.05
