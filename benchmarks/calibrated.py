@@ -213,13 +213,13 @@ def erase(
             "nearest_class_mean": nearest_class_mean(known, held, forget),
         }
         if case.relearn:
-            images = Subset(test, torch.isin(held.labels, torch.tensor(forget)).nonzero().flatten().tolist()[:1000])
+            images = Subset(test, torch.isin(held.labels, torch.tensor(forget)).nonzero().flatten().tolist()[:500])
             goal = record.metrics["before"]["forget_accuracy"]
             ordinary = stage(draw(train_set, per_class=2000, seed=1), own).dataset
-            cell["inside"][role]["relearn_steps"] = {
-                share: relearn_steps(network, ordinary, images, float(share) * goal, cap=100, seed=0, preprocessing=own)
-                for share in ("0.95", "0.8")
-            }
+            steps = relearn_steps(
+                network, ordinary, images, (0.95 * goal, 0.8 * goal), cap=100, seed=0, preprocessing=own
+            )
+            cell["inside"][role]["relearn_steps"] = dict(zip(("0.95", "0.8"), steps, strict=True))
     return json.loads(json.dumps(as_json(cell))), unlearned
 
 

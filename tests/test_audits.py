@@ -138,8 +138,8 @@ def test_what_was_not_forgotten_is_there_after_one_step(tiny: Tiny) -> None:
     assert isinstance(test, TensorImages)
     threes = TensorImages(test.images[test.labels == 3], test.labels[test.labels == 3])
     before, state = copy.deepcopy(tiny.model.state_dict()), torch.get_rng_state()
-    steps = relearn_steps(tiny.model, test, threes, 0.9, cap=3, seed=0, preprocessing=tiny.split.preprocessing)
-    assert steps == 1
+    steps = relearn_steps(tiny.model, test, threes, (0.9, 0.5), cap=3, seed=0, preprocessing=tiny.split.preprocessing)
+    assert steps == (1, 1)
     assert torch.equal(torch.get_rng_state(), state)
     for name, value in tiny.model.state_dict().items():
         assert torch.equal(value, before[name]), name
@@ -152,12 +152,14 @@ def test_what_was_never_known_takes_more_than_a_few_steps(tiny: Tiny) -> None:
     torch.manual_seed(0)
     untrained = TinyNet()
     given = {"seed": 0, "preprocessing": tiny.split.preprocessing}
-    assert relearn_steps(untrained, test, threes, 0.95, cap=3, **given) is None  # type: ignore[arg-type]
-    steps = relearn_steps(untrained, threes, threes, 0.95, cap=60, **given)  # type: ignore[arg-type]
-    assert steps is not None
-    assert 1 < steps < 60
-    assert relearn_steps(untrained, threes, threes, 0.95, cap=steps, **given) == steps  # type: ignore[arg-type]
-    assert relearn_steps(untrained, threes, threes, 0.95, cap=steps - 1, **given) is None  # type: ignore[arg-type]
+    assert relearn_steps(untrained, test, threes, (0.95,), cap=3, **given) == (None,)  # type: ignore[arg-type]
+    late, early = relearn_steps(untrained, threes, threes, (0.95, 0.2), cap=60, **given)  # type: ignore[arg-type]
+    assert late is not None
+    assert early is not None
+    assert 1 <= early <= late
+    assert 1 < late < 60
+    short = relearn_steps(untrained, threes, threes, (0.95, 0.2), cap=late - 1, **given)  # type: ignore[arg-type]
+    assert short[0] is None
 
 
 def test_relearning_refuses_empty_data() -> None:
@@ -166,4 +168,4 @@ def test_relearning_refuses_empty_data() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
     for samples, test in ((empty, data), (data, empty)):
         with pytest.raises(InputError, match="expected a data set with samples"):
-            relearn_steps(model, samples, test, 0.5, seed=0)
+            relearn_steps(model, samples, test, (0.5,), seed=0)

@@ -120,7 +120,7 @@ def test_unsir_is_its_three_phases(tiny: Tiny) -> None:
     noise = learn_noise(tiny.model, tiny.split, SMALL, seed=3)
     impressions = learn_impressions(tiny.model, tiny.split, 4, seed=3)
     impaired = impair(tiny.model, tiny.split, noise, SMALL, impressions=impressions, seed=3)
-    repaired = repair(impaired, tiny.split, SMALL, original=tiny.model, impressions=impressions, seed=3)
+    repaired = repair(impaired, tiny.split, SMALL, original=tiny.model, impressions=impressions, noise=noise, seed=3)
     whole = unsir(tiny.model, tiny.split.zero_glance(), SMALL, seed=3)
     for name, value in whole.state_dict().items():
         assert torch.equal(value, repaired.state_dict()[name]), name

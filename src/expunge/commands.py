@@ -263,13 +263,11 @@ def demo_command(out: Path, *, seed: int = 0, journal: Journal | None = None) ->
     train_command(data, "allcnn", retrained, config=config, leave_out=["3"], seed=seed, journal=journal)
     sample = RetainOptions(per_class=100)
     return forget_command(
-        data, None, original, ["3"], out, retain=sample, settings=DEMO_SETTINGS, retrained=retrained, seed=seed,
-        journal=journal,
+        data, None, original, ["3"], out, retain=sample, preset="fast", retrained=retrained, seed=seed, journal=journal,
     )  # fmt: skip
 
 
 DEMO_EPOCHS = 10
-DEMO_SETTINGS = ("impair.batch_size=64", "repair.batch_size=64")  # of 900 images; the default suits thousands
 
 
 def check_writable(path: Path) -> None:

@@ -39,7 +39,7 @@ KINDS: tuple[Kind, ...] = ("retained", "blend", "noise")
 
 IMPRESSION_STEPS = 40  # Adam steps; enough for a probability of the class above 0.99 on every model tried
 IMPRESSION_LR = 0.05  # four times it left 3 % of the class in the digits network of the tests
-REFRESH_IMAGES = 512  # retained images that normalization statistics are measured on
+REFRESH_IMAGES = 256  # retained images that normalization statistics are measured on
 
 
 @dataclass(frozen=True)

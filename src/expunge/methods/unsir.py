@@ -48,15 +48,15 @@ class Calibration:
 
     held_out: float = 0.05  # share of the retain sample that signals are read on and that is never trained on
     held_out_most: int = 512  # images, at most
-    evidence: int = 48  # held-out class impressions of each kind, of all classes together (but two a class)
-    check_every: int = 6  # impair steps between readings
+    evidence: int = 32  # held-out class impressions of each kind, of all classes together (but two a class)
+    check_every: int = 8  # impair steps between readings
     called: float = 0.05  # a class counts as gone where no more of its impressions, of any kind, are called it,
     probability: float = 0.005  # and, after repair, where its mean probability on them is nowhere higher
     floor: float = 0.1  # agreement with the original, beyond chance, below which impair did too much
     trials: int = 4  # rates that impair may try in a round, each half the one before and from the same weights
     rounds: int = 2  # times that impair and repair may be done; the second at twice the rate where the class is left
     cycles: int = 2  # of repair in a round; those after the first are a quarter as long, at half the rate
-    back: float = 0.05  # loss of accuracy on held-out retained images, which the original was trained on, that is back
+    back: float = 0.08  # loss of accuracy on held-out retained images, which the original was trained on, that is back
     lost: float = 0.15  # loss at which a round did too much and is done again from the original, at half the rate
 
     def __post_init__(self) -> None:
@@ -85,7 +85,7 @@ class UnsirConfig:
     noise_repeats: int | None = None  # times each noise image is shown in a pass; None: as noise_share asks
     impair: TrainConfig = field(
         default_factory=lambda: TrainConfig(
-            steps=48, lr=0.006, batch_size=128, schedule="one_cycle", update_norm_statistics=False
+            steps=48, lr=0.005, batch_size=128, schedule="one_cycle", update_norm_statistics=False
         )
     )
     impressions: int = 96  # images the original calls a forget class, of all classes together; 0: none (paper)
