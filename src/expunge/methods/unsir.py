@@ -95,6 +95,7 @@ class UnsirConfig:
         default_factory=lambda: TrainConfig(steps=320, lr=0.0015, batch_size=128, schedule="one_cycle")
     )
     repair_temperature: float | None = 2.0  # of the original's answers that repair distils; None: train on labels
+    forget_margin: float = 3.0  # added to forgotten logits while distilling, so that they end so much lower
     calibration: Calibration | None = field(default_factory=Calibration)  # None: all as stated, nothing is read
     defects: frozenset[str] = frozenset()  # of NOTEBOOK_DEFECTS
 
@@ -124,6 +125,8 @@ class UnsirConfig:
             raise InputError("a calibration does not go with defects or noise_repeats: set calibration=none")
         if self.impressions < 0:
             raise InputError(f"expected impressions of at least 0, got {self.impressions}")
+        if not self.forget_margin >= 0:
+            raise InputError(f"expected a forget_margin of at least 0, got {self.forget_margin}")
         if self.repair_temperature is not None and not self.repair_temperature > 0:
             raise InputError(f"expected a positive repair_temperature, got {self.repair_temperature}")
         unknown = sorted(set(self.defects) - set(NOTEBOOK_DEFECTS))
@@ -384,14 +387,18 @@ def teach(
         answers = predict(teacher, TensorImages(asked, labels))
         taught = Taught(TensorImages(images, labels), retained_answers(answers.logits, gone, temperature))
         synthetic = _as_share(taught, config.impression_share_repair, split)
-    return Lesson(retain, synthetic, distil_retained(teacher, gone, temperature))
+    return Lesson(retain, synthetic, distil_retained(teacher, gone, temperature, config.forget_margin))
 
 
-def distil_retained(original: nn.Module, gone: tuple[int, ...], temperature: float) -> Objective:
+def distil_retained(original: nn.Module, gone: tuple[int, ...], temperature: float, margin: float = 0.0) -> Objective:
     """Return the loss KL(what is taught || the model's answer over all classes), times temperature squared.
 
     Taught is a sample's target where it has one, else the original's answer over the retained classes: the model
     learns what the original knows of those, and that the classes `gone` do not exist.
+
+    Args:
+        margin: added to the logits of `gone` before they are compared. Where a class has no probability left on what is
+            at hand, nothing else pushes it lower; in a retrained model its logit is low on every image.
     """
 
     def objective(logits: Tensor, batch: Batch) -> Tensor:
@@ -401,7 +408,11 @@ def distil_retained(original: nn.Module, gone: tuple[int, ...], temperature: flo
             with torch.no_grad():
                 answers = retained_answers(logits_of(original(batch.images[open_ones])), gone, temperature)
             taught = taught.index_put((open_ones.nonzero().flatten(),), answers)
-        return F.kl_div((logits / temperature).log_softmax(1), taught, reduction="batchmean") * temperature**2
+        raised = torch.zeros(logits.shape[1], device=logits.device)
+        raised[list(gone)] = margin
+        return (
+            F.kl_div(((logits + raised) / temperature).log_softmax(1), taught, reduction="batchmean") * temperature**2
+        )
 
     return objective
 
