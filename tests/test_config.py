@@ -8,6 +8,7 @@ import pytest
 
 from expunge.config import as_json, override
 from expunge.errors import InputError
+from expunge.methods import UnsirConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,3 +90,9 @@ def test_as_json() -> None:
     part = {"lr": 0.1, "epochs": 1, "optimizer": "adam", "clip": None, "flip": False}
     assert shown == {"whole": {"steps": 3, "part": part, "defects": ["a", "b"]}, "3": [1, None]}
     assert json.loads(json.dumps(shown)) == shown
+
+
+def test_a_part_that_may_be_none_can_be_switched_off() -> None:
+    assert override(UnsirConfig(), ["calibration=none"]).calibration is None
+    with pytest.raises(InputError, match="has parts"):
+        override(UnsirConfig(), ["impair=none"])

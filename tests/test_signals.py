@@ -346,3 +346,11 @@ def test_the_journal_shows_signals_beside_the_phase() -> None:
     assert journal.signals == [signals, signals]
     assert journal.phases[0].signals == "still called: retained 67%, noise 0%; retained 25.0%"
     assert journal.phases[1].signals == ""
+
+
+def test_samples_may_carry_more_than_image_and_label(tiny: Tiny) -> None:
+    retain = tiny.split.retain
+    triples = [(*retain[index], "a path") for index in range(20)]
+    split = replace(tiny.split.zero_glance(), retain=triples)  # type: ignore[arg-type]
+    evidence = gather_evidence(tiny.model, split, triples, per_class=2, seed=0)  # type: ignore[arg-type]
+    assert len(evidence.labels) == 20
