@@ -252,19 +252,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def normalizing_by_batch(model: nn.Module) -> Iterator[None]:
-    """Put `model` into eval mode, but for layers with running statistics: those normalize by the batch and keep theirs.
-
-    While weights move and running statistics do not, eval mode shows a model that is more damaged than it is.
-    """
-    with evaluating(model), kept_statistics(model):
-        for module in model.modules():
-            if has_running_statistics(module):
-                module.training = True
-        yield
-
-
-@contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Draw from a random state of `seed`, and put the caller's back afterwards."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):

@@ -499,7 +499,7 @@ class _Calibrated:
     def _impair(
         self, model: nn.Module, noise: TensorImages, impressions: Impressions, rate: float, number: int
     ) -> tuple[nn.Module, float]:
-        """Return the impaired model, and the rate: half as high again as long as impair does too much.
+        """Return the impaired model and its rate, which is halved as long as impair does too much.
 
         Each trial starts from the weights of `model`. Too little is not seen here but after repair, which is what
         empties many classes: the next round then tries twice the rate.
