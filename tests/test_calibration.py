@@ -178,7 +178,7 @@ def test_the_default_forgets_and_keeps(tiny: Tiny, forgotten: tuple[nn.Module, J
     assert found.signals[0].phase == "original"
     assert found.signals[0].retain_agreement == 1.0
     assert {signals.phase for signals in found.signals[1:]} == {"impair", "repair"}
-    assert found.trials[-1]["outcome"] == "gone"
+    assert found.trials[-1]["outcome"] in ("gone", "left")  # by impair alone; repair is what empties it then
     assert [trial["steps"] for trial in found.trials] == [p.steps for p in journal.phases if p.name == "impair"]
     assert steps_of(journal) <= most_steps(UnsirConfig())
     assert all(3 not in phase.label_counts for phase in journal.phases)

@@ -94,7 +94,7 @@ class UnsirConfig:
     repair: TrainConfig = field(
         default_factory=lambda: TrainConfig(steps=320, lr=0.0015, batch_size=128, schedule="one_cycle")
     )
-    repair_temperature: float | None = 2.0  # of the original's answers that repair distils; None: train on labels
+    repair_temperature: float | None = 4.0  # of the original's answers that repair distils; None: train on labels
     forget_margin: float = 3.0  # added to forgotten logits while distilling, so that they end so much lower
     calibration: Calibration | None = field(default_factory=Calibration)  # None: all as stated, nothing is read
     defects: frozenset[str] = frozenset()  # of NOTEBOOK_DEFECTS
