@@ -11,11 +11,13 @@ from expunge.errors import InputError
 
 
 def check_answers(logits: Tensor, labels: Tensor) -> None:
-    """Raise InputError unless logits are (N, C), labels (N,), and N is at least 1."""
+    """Raise InputError unless logits are (N, C) and not NaN, labels (N,), and N is at least 1."""
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or len(labels) == 0:
         raise InputError(
             f"expected logits (N, C) and labels (N,) with N >= 1, got {tuple(logits.shape)} and {tuple(labels.shape)}"
         )
+    if bool(torch.isnan(logits).any()):
+        raise InputError("expected logits that are numbers, got NaN: the model gives those")
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:

@@ -18,11 +18,13 @@ def layer_distances(model: nn.Module, reference: nn.Module) -> dict[str, dict[st
     distance itself where that is 0). 0: unchanged.
 
     Raises:
-        InputError: the models do not have the same parameters.
+        InputError: the models do not have the same parameters, have none, or one is NaN or infinite.
     """
     ours, theirs = dict(model.named_parameters()), dict(reference.named_parameters())
     if {name: p.shape for name, p in ours.items()} != {name: p.shape for name, p in theirs.items()}:
         raise InputError("expected two models of the same architecture, their parameters differ in names or shapes")
+    if not ours or not all(bool(torch.isfinite(p).all()) for p in (*ours.values(), *theirs.values())):
+        raise InputError("expected models with parameters that are finite, got none, NaN or infinite ones")
     squares = {
         name: (
             (parameter.double().cpu() - theirs[name].double().cpu()).square().sum().item(),

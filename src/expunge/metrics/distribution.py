@@ -17,10 +17,12 @@ def prediction_distribution(logits: Tensor) -> list[float]:
         logits: (N, C).
 
     Raises:
-        InputError: logits are not (N, C), or N is 0.
+        InputError: logits are not (N, C) or NaN, or N is 0.
     """
     if logits.ndim != 2 or len(logits) == 0:
         raise InputError(f"expected logits (N, C) with N >= 1, got {tuple(logits.shape)}")
+    if bool(torch.isnan(logits).any()):
+        raise InputError("expected logits that are numbers, got NaN: the model gives those")
     counts = torch.bincount(logits.argmax(1), minlength=logits.shape[1])
     shares: list[float] = (counts.double() / len(logits)).tolist()
     return shares
@@ -33,6 +35,6 @@ def entropy_bits(distribution: list[float]) -> float:
         InputError: the numbers are negative or do not sum to 1.
     """
     shares = torch.tensor(distribution, dtype=torch.float64)
-    if len(shares) == 0 or bool((shares < 0).any()) or abs(shares.sum().item() - 1) > 1e-6:
+    if len(shares) == 0 or bool((shares < 0).any()) or not abs(shares.sum().item() - 1) <= 1e-6:  # NaN is not
         raise InputError("expected shares that are not negative and sum to 1")
     return abs(float(torch.special.entr(shares).sum()) / math.log(2))
