@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset
 
 from expunge.errors import InputError, first_line
 from expunge.schema import Preprocessing, Sample
@@ -548,7 +548,7 @@ def hold_out(dataset: Dataset[Any], *, share: float, most: int, seed: int) -> tu
     A class with too few images for the share loses none. Where that holds of all, or the data set is a stream of
     somebody else's, nothing is cut off and the held-out part is a sample of the first.
     """
-    labels = _labels(dataset)
+    labels = labels_of(dataset)
     share = min(share, most / max(1, len(labels)))
     rng = np.random.default_rng(seed)
     parts = [rng.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
@@ -581,7 +581,7 @@ class _Chosen(Dataset[Any]):
     def __init__(self, dataset: Any, index: Labels) -> None:
         self.dataset = dataset
         self.index = index
-        self.labels = _labels(dataset)[index]
+        self.labels = labels_of(dataset)[index]
 
     def __len__(self) -> int:
         return len(self.index)
@@ -767,12 +767,16 @@ def normalize(images: Tensor, preprocessing: Preprocessing | None) -> Tensor:
 
 def count_labels(dataset: Dataset[Any]) -> dict[int, int]:
     """Return how many samples bear each label; images are decoded only where a data set does not list its labels."""
-    values, counts = np.unique(_labels(dataset), return_counts=True)
+    values, counts = np.unique(labels_of(dataset), return_counts=True)
     return {int(value): int(count) for value, count in zip(values, counts, strict=True)}
 
 
-def _labels(dataset: Any) -> Labels:
+def labels_of(dataset: Any) -> Labels:
     """Return the label of each sample; images are decoded only where a data set does not list its labels."""
+    if isinstance(dataset, Subset):
+        return labels_of(dataset.dataset)[np.asarray(dataset.indices, dtype=np.int64)]
+    if isinstance(dataset, ConcatDataset):
+        return np.concatenate([labels_of(part) for part in dataset.datasets])
     listed = getattr(dataset, "labels", None)
     if listed is None:
         listed = getattr(dataset, "targets", None)
