@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -18,8 +19,21 @@ def check_zero_glance(model: nn.Module, split: Split) -> dict[int, int]:
     """Check that a split holds nothing of what is to be forgotten; return the retain sample's label counts.
 
     Raises:
-        InputError: there is no class to forget, or all are; a label is out of range; the split carries forget samples;
-            the retain sample is empty or has a sample of a forgotten class.
+        InputError: as `check_split` of a method that reads retained samples alone.
+    """
+    return check_split(model, split, reads=("retain",))
+
+
+def check_split(model: nn.Module, split: Split, *, reads: Collection[str]) -> dict[int, int]:
+    """Check that a split fits the model and what a method reads; return the retain sample's label counts.
+
+    Args:
+        reads: as in `Method.reads`. Every split has a retain sample, whose labels are checked whether it is read or
+            not; forget samples must be there if "forget" is among `reads`, and must not be there if it is not.
+
+    Raises:
+        InputError: there is no class to forget, or all are; a label is out of range; forget samples are missing, of
+            other classes, or there unasked; the retain sample is empty or has a sample of a forgotten class.
     """
     check_float32(model)
     num_classes = count_classes(model, split)
@@ -36,7 +50,9 @@ def check_zero_glance(model: nn.Module, split: Split) -> dict[int, int]:
     gone = set(classes) | set(split.forgotten_before)
     if len(gone) >= num_classes:
         raise InputError(f"cannot forget all {num_classes} classes: at least one must be retained")
-    if split.forget is not None:
+    if "forget" in reads:
+        _check_forget(split)
+    elif split.forget is not None:
         raise InputError("this method is zero-glance, but the split carries forget samples: pass split.zero_glance()")
     counts = count_labels(split.retain)
     if not counts:
@@ -45,12 +61,33 @@ def check_zero_glance(model: nn.Module, split: Split) -> dict[int, int]:
         if not 0 <= label < num_classes:
             raise InputError(f"the retain sample has label {label}: expected 0 to {num_classes - 1}")
         if label in gone:
-            name = split.class_names[label] if split.class_names else label
             raise InputError(
-                f"the retain sample has {counts[label]} samples of the forgotten class {name!r}: remove them "
-                "(on the command line: --drop-forgotten)"
+                f"the retain sample has {counts[label]} samples of the forgotten class {_name(split, label)}: remove "
+                "them (on the command line: --drop-forgotten)"
             )
     return counts
+
+
+def _check_forget(split: Split) -> None:
+    """Check that there are forget samples: of each class to forget, and of no other."""
+    if split.forget is None:
+        raise InputError("this method reads samples of the classes to forget, none were given: set split.forget")
+    counts = count_labels(split.forget)
+    for label in sorted(counts):
+        if label not in split.forget_classes:
+            raise InputError(
+                f"the forget sample has {counts[label]} samples of class {_name(split, label)}, "
+                "which is not to be forgotten: remove them"
+            )
+    for label in split.forget_classes:
+        if label not in counts:
+            raise InputError(
+                f"this method reads samples of the classes to forget, none were given of {_name(split, label)}"
+            )
+
+
+def _name(split: Split, label: int) -> str:
+    return repr(split.class_names[label]) if 0 <= label < len(split.class_names) else str(label)
 
 
 @torch.no_grad()

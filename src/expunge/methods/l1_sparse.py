@@ -1,0 +1,92 @@
+"""l1-sparse: fine-tuning on retained samples with a penalty on the size of all weights, which decays. Zero-glance.
+
+Source: Jia, Liu, Ram, Yao, Liu, Liu, Sharma and Liu, Model Sparsity Can Simplify Machine Unlearning, arXiv:2304.04934.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from expunge.errors import InputError
+from expunge.journal import Journal
+from expunge.methods.checks import check_split
+from expunge.methods.common import gone, num_steps, sgd
+from expunge.methods.registry import Method
+from expunge.schema import Split, TrainConfig
+from expunge.training import Batch, Objective, train
+
+
+@dataclass(frozen=True, kw_only=True)
+class L1SparseConfig:
+    """Hyper-parameters of l1-sparse unlearning."""
+
+    penalty: float = 5e-4  # gamma at the start: weight of the sum of absolute weights
+    training: TrainConfig = field(default_factory=sgd)  # "FT_prune" in the README of OPTML-Group/Unlearn-Sparse
+
+    def __post_init__(self) -> None:
+        if not self.penalty >= 0:
+            raise InputError(f"expected a penalty of at least 0, got {self.penalty}")
+
+
+def l1_sparse(
+    model: nn.Module,
+    split: Split,
+    config: L1SparseConfig | None = None,
+    *,
+    seed: int,
+    journal: Journal | None = None,
+) -> nn.Module:
+    """Return a copy of `model`, in eval mode, trained on with `split.retain` and made sparser. Zero-glance.
+
+    Raises:
+        InputError: the split is unusable, see `check_split`.
+        DivergedError: the loss became NaN or infinite.
+    """
+    config = config or L1SparseConfig()
+    check_split(model, split, reads=METHOD.reads)
+    unlearned = copy.deepcopy(model)
+    train(
+        unlearned,
+        split.retain,
+        config.training,
+        seed=seed,
+        preprocessing=split.preprocessing,
+        objective=sparse_loss(unlearned, config.penalty, num_steps(split.retain, config.training)),
+        journal=journal,
+        phase="fine-tune",
+        refused=gone(split),
+    )
+    return unlearned
+
+
+def sparse_loss(model: nn.Module, penalty: float, steps: int) -> Objective:
+    """Return cross-entropy plus a penalty on the trainable weights of `model`, which decays to 0 over `steps` calls.
+
+    Source: arXiv:2304.04934, equation 3, with the linearly decreasing schedule of section 4; the authors' code lowers
+    it epoch by epoch.
+    """
+    calls = itertools.count()
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def objective(logits: Tensor, batch: Batch) -> Tensor:
+        left = max(0.0, 1 - next(calls) / steps)
+        size = torch.stack([weight.abs().sum() for weight in weights]).sum()
+        return F.cross_entropy(logits, batch.labels) + penalty * left * size
+
+    return objective
+
+
+METHOD = Method(
+    name="l1_sparse",
+    run=l1_sparse,
+    config=L1SparseConfig,
+    presets={"default": L1SparseConfig},
+    reads=frozenset({"retain"}),
+    source="Jia et al., arXiv:2304.04934",
+)

@@ -1,0 +1,74 @@
+"""NegGrad: gradient ascent on the loss of forget samples, nothing else. Reads forget samples.
+
+Source: the baseline of Golatkar, Achille and Soatto, arXiv:1911.04933, section 6; as "GA" in Jia et al.,
+arXiv:2304.04934, whose rates are used. The loss has no upper bound: more steps or a higher rate wreck the model.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from expunge.journal import Journal
+from expunge.methods.checks import check_split
+from expunge.methods.common import forget_samples, sgd
+from expunge.methods.registry import Method
+from expunge.schema import Split, TrainConfig
+from expunge.training import Batch, train
+
+
+@dataclass(frozen=True, kw_only=True)
+class NegGradConfig:
+    """Hyper-parameters of gradient ascent."""
+
+    training: TrainConfig = field(
+        default_factory=lambda: sgd(epochs=5, lr=1e-3, weight_decay=0.0, update_norm_statistics=False)
+    )
+
+
+def neg_grad(
+    model: nn.Module,
+    split: Split,
+    config: NegGradConfig | None = None,
+    *,
+    seed: int,
+    journal: Journal | None = None,
+) -> nn.Module:
+    """Return a copy of `model`, in eval mode, that ascended the loss on `split.forget`.
+
+    Raises:
+        InputError: the split is unusable, see `check_split`.
+        DivergedError: the loss became NaN or infinite.
+    """
+    config = config or NegGradConfig()
+    check_split(model, split, reads=METHOD.reads)
+    unlearned = copy.deepcopy(model)
+    train(
+        unlearned,
+        forget_samples(split),
+        config.training,
+        seed=seed,
+        preprocessing=split.preprocessing,
+        objective=ascent,
+        journal=journal,
+        phase="forget",
+    )
+    return unlearned
+
+
+def ascent(logits: Tensor, batch: Batch) -> Tensor:
+    """Return minus the cross-entropy of logits (N, C) and the batch's labels: going down it is going up the loss."""
+    return -F.cross_entropy(logits, batch.labels)
+
+
+METHOD = Method(
+    name="neg_grad",
+    run=neg_grad,
+    config=NegGradConfig,
+    presets={"default": NegGradConfig},
+    reads=frozenset({"forget"}),
+    source="Golatkar et al., arXiv:1911.04933",
+)

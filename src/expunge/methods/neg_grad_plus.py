@@ -1,0 +1,93 @@
+"""NegGrad+: descent on retained samples and ascent on forget samples in the same step. Reads both.
+
+Source: Kurmanji, Triantafillou, Hayes and Triantafillou, Towards Unbounded Machine Unlearning, arXiv:2302.09880.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from expunge.errors import InputError
+from expunge.journal import Journal
+from expunge.methods.checks import check_split
+from expunge.methods.common import bears, both_samples, sgd
+from expunge.methods.registry import Method
+from expunge.schema import Split, TrainConfig
+from expunge.training import Batch, Objective, train
+
+
+@dataclass(frozen=True, kw_only=True)
+class NegGradPlusConfig:
+    """Hyper-parameters of NegGrad+: those of the authors' small_scale_unlearning.ipynb."""
+
+    beta: float = 0.95  # weight of the loss on retained samples; that on forget samples has the rest
+    training: TrainConfig = field(default_factory=lambda: sgd(momentum=0.0, weight_decay=0.0))  # 10 epochs at 0.01
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta < 1:
+            raise InputError(f"expected beta between 0 and 1, got {self.beta}")
+
+
+def neg_grad_plus(
+    model: nn.Module,
+    split: Split,
+    config: NegGradPlusConfig | None = None,
+    *,
+    seed: int,
+    journal: Journal | None = None,
+) -> nn.Module:
+    """Return a copy of `model`, in eval mode, that went down the loss on `split.retain` and up that on `split.forget`.
+
+    The authors draw a batch of each kind for a step and go through the forget samples many times. Here a batch is of
+    both, in the shares that the samples have; the two means are weighed in the same way.
+
+    Raises:
+        InputError: the split is unusable, see `check_split`.
+        DivergedError: the loss became NaN or infinite.
+    """
+    config = config or NegGradPlusConfig()
+    check_split(model, split, reads=METHOD.reads)
+    unlearned = copy.deepcopy(model)
+    train(
+        unlearned,
+        both_samples(split, seed=seed),
+        config.training,
+        seed=seed,
+        preprocessing=split.preprocessing,
+        objective=contrast(config.beta, split.forget_classes),
+        journal=journal,
+        phase="forget",
+        refused=split.forgotten_before,
+    )
+    return unlearned
+
+
+def contrast(beta: float, forget_classes: Sequence[int]) -> Objective:
+    """Return the loss beta * CE over retained samples - (1 - beta) * CE over forget samples, each a mean of its own.
+
+    A kind that a batch has no sample of adds nothing.
+    """
+
+    def objective(logits: Tensor, batch: Batch) -> Tensor:
+        forget = bears(batch.labels, forget_classes)
+        losses = F.cross_entropy(logits, batch.labels, reduction="none")
+        kept = losses[~forget].sum() / max(1, int((~forget).sum()))
+        lost = losses[forget].sum() / max(1, int(forget.sum()))
+        return beta * kept - (1 - beta) * lost
+
+    return objective
+
+
+METHOD = Method(
+    name="neg_grad_plus",
+    run=neg_grad_plus,
+    config=NegGradPlusConfig,
+    presets={"default": NegGradPlusConfig},
+    reads=frozenset({"retain", "forget"}),
+    source="Kurmanji et al., arXiv:2302.09880",
+)
