@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -509,7 +510,7 @@ def test_interrupt_is_one_line(tmp_path: Path, trained: Trained, monkeypatch: py
     def interrupt(*_: Any, **__: Any) -> nn.Module:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(METHODS, "unsir", interrupt)
+    monkeypatch.setitem(METHODS, "unsir", replace(METHODS["unsir"], run=interrupt))
     result = invoke(*trained.arguments(tmp_path / "out", "--quiet"))
     assert result.exit_code == 130
     assert result.stderr == "interrupted: nothing was written\n"

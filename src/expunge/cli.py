@@ -12,9 +12,11 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from expunge.commands import Outcome
     from expunge.journal import Journal
-    from expunge.schema import Phase
+    from expunge.schema import Phase, Record
     from expunge.workspace import DataOptions
 
 app = typer.Typer(
@@ -261,6 +263,110 @@ def forget(
         _finish(outcome, quiet)
 
 
+@app.command()
+def audit(
+    original: Annotated[Path, typer.Option(metavar="W", help="Weights before.", rich_help_panel="Models")],
+    unlearned: Annotated[
+        Path, typer.Option(metavar="U", help="Weights after, made by any tool.", rich_help_panel="Models")
+    ],
+    data: DataText,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where record.json goes.")],
+    retrained: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="R",
+            help="Weights trained without the classes: the measure of everything. Give two for the noise floor.",
+            rich_help_panel="Models",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPEC", help=f"{SPEC_HELP}. Not needed where the weights say it.", rich_help_panel="Models"
+        ),
+    ] = None,
+    classes: Annotated[
+        list[str] | None,
+        typer.Option(metavar="A,B", help="Classes that were to be forgotten; else those that U says it forgot."),
+    ] = None,
+    audits: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Attacks to run, by name; by default all of the default budget.")
+    ] = None,
+    budget: Annotated[
+        str,
+        typer.Option(
+            metavar="default|large",
+            help="large: judge the method too, by many models that are trained for it. Hours; goes on where it was.",
+            rich_help_panel="Budget large",
+        ),
+    ] = "default",
+    members: Annotated[
+        int, typer.Option(min=3, metavar="N", help="Models of each kind to train.", rich_help_panel="Budget large")
+    ] = 8,
+    method: Annotated[str, typer.Option(help="Method that is judged.", rich_help_panel="Budget large")] = "unsir",
+    preset: Annotated[str, typer.Option(help="Its preset.", rich_help_panel="Budget large")] = "default",
+    epochs: Annotated[
+        int, typer.Option(min=1, help="Passes over the data to train a model.", rich_help_panel="Budget large")
+    ] = 12,
+    no_training_data: Annotated[
+        bool,
+        typer.Option(
+            "--no-training-data",
+            help="No image of --data was trained on: attacks that need such images are skipped.",
+            rich_help_panel="Data",
+        ),
+    ] = False,
+    label_column: LabelColumn = None,
+    image_column: ImageColumn = None,
+    class_names: ClassNames = None,
+    skip_bad: SkipBad = False,
+    size: Size = None,
+    mean: Mean = None,
+    std: Std = None,
+    channels: Channels = None,
+    seed: Seed = 0,
+    device: Device = None,
+    quiet: Quiet = False,
+) -> None:
+    """Judge an unlearned model: what is gone at the output, what is left inside, how quickly it comes back.
+
+    Every figure stands beside the original's and the retrained model's, with its 95 % interval. Without a retrained
+    model much stays unknown, and the answer says so.
+    """
+    with _user_errors("nothing was written"):
+        from dataclasses import replace
+
+        from expunge.commands import TRAIN_DEFAULT, EnsembleOptions, audit_command
+        from expunge.errors import InputError
+
+        if budget not in ("default", "large"):
+            raise InputError(f"expected --budget default or large, got {budget!r}")
+        recipe = replace(TRAIN_DEFAULT, epochs=epochs)
+        many = EnsembleOptions(members=members, method=method, preset=preset, recipe=recipe)
+        options = _data_options(data, label_column, image_column, class_names, size, mean, std, channels, skip_bad)
+        with _journal(quiet) as journal:
+            outcome = audit_command(
+                options,
+                model,
+                original,
+                unlearned,
+                out,
+                classes=classes or (),
+                retrained=retrained or (),
+                audits=_list(audits),
+                training_data=not no_training_data,
+                ensembles=many if budget == "large" else None,
+                seed=seed,
+                device=device,
+                journal=journal,
+            )
+        if not quiet:
+            _show_audit(outcome)
+        verdict = outcome.record.verdict
+        if verdict is not None and any(verdict[name]["answer"] == "no" for name in LAYERS):
+            raise typer.Exit(1)
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         from expunge import __version__
@@ -460,6 +566,95 @@ def _show(metrics: Mapping[str, Any], forgotten: Sequence[str], outcome: Outcome
     for sentence in _sentences(outcome):
         console.print(sentence, markup=False)
     console.print(f"Wrote {', '.join(str(path) for path in outcome.files)}", markup=False, soft_wrap=True)
+
+
+LAYERS = {
+    "gone_at_the_output": "Gone at the output",
+    "gone_inside": "Gone inside",
+    "resists_relearning": "Resists relearning like a retrained model",
+    "indistinguishable": "Indistinguishable under the attacks run",
+    "rest_intact": "The rest is intact",
+}
+
+
+def _show_audit(outcome: Outcome) -> None:
+    """Print the verdict first, then every figure beside the retrained model's, then what limits them."""
+    record = outcome.record
+    verdict = record.verdict
+    assert verdict is not None
+    console = Console(highlight=False)
+    console.print()
+    console.print(verdict["first_line"], markup=False, style="bold")
+    colors = {"yes": "green", "no": "red", "unknown": "yellow"}
+    for name, title in LAYERS.items():
+        layer = verdict[name]
+        console.print(f"\n[bold]{title}: [{colors[layer['answer']]}]{layer['answer']}[/][/]")
+        _list_out(console, layer["evidence"])
+    failed = [check["sentence"] for check in record.self_checks if check["ok"] is False]
+    skipped = [f"{name}: {found['skipped']}" for name, found in record.audits.items() if found["skipped"]]
+    for title, sentences in (
+        ("What is wrong, by name", verdict["diagnosis"]),
+        ("Self-checks that failed", failed),
+        ("Attacks skipped", skipped),
+        ("Not tested", verdict["not_tested"]),
+    ):
+        if sentences:
+            console.print(f"\n[bold]{title}[/]")
+            _list_out(console, sentences)
+    console.print()
+    console.print(_figures(record))
+    console.print("The gap is to the retrained model, with its 95 % interval; * where that excludes zero.")
+    console.print("Figures of each block are in the record.\n")
+    console.print(verdict["scope"], markup=False)
+    for note in outcome.notes:
+        console.print(f"Note: {note}.", markup=False)
+    seconds = sum(found["seconds"] for found in record.audits.values())
+    console.print(f"The attacks took {seconds:.0f} s.")
+    console.print(f"Wrote {', '.join(str(path) for path in outcome.files)}", markup=False, soft_wrap=True)
+
+
+def _list_out(console: Console, sentences: Sequence[str]) -> None:
+    from rich.padding import Padding
+    from rich.text import Text
+
+    for sentence in sentences:
+        console.print(Padding(Text(sentence), (0, 0, 0, 2)))
+
+
+def _figures(record: Record) -> Table:
+    """Return the table of figures on each model, with the gap to the retrained one; of each block's, the last alone."""
+    from rich.table import Table
+
+    roles = ["original", "unlearned", *(["retrained"] if record.model["retrained"] else [])]
+    table = Table("figure", *roles, "gap", box=None, header_style="bold", pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify, column.no_wrap = "right", True
+    sides = {"original": "before", "unlearned": "after", "retrained": "retrained"}
+    for title, key in (("forget accuracy", "forget_accuracy"), ("retain accuracy", "retain_accuracy")):
+        values = [record.metrics[sides[role]][key] for role in roles]
+        table.add_row(title, *map(_value, values), _gap(record.metrics.get("gaps", {}).get(key)))
+    for name, found in record.audits.items():
+        for figure, measured in found["figures"].items():
+            if figure.startswith("after "):
+                continue
+            figure = "" if figure == "head input" else f", {figure}"
+            cells = [_value(measured[role]["value"]) if role in measured else "-" for role in roles]
+            table.add_row(_plain(f"{name.replace('_', ' ')}{figure}"), *cells, _gap(measured.get("gap")))
+    return table
+
+
+def _gap(gap: Mapping[str, Any] | None) -> str:
+    """Return a gap with its interval, and a star where that excludes zero."""
+    if gap is None:
+        return "-"
+    between = f" [{_value(gap['low'])}, {_value(gap['high'])}]" if gap["low"] is not None else ""
+    return _plain(f"{_value(gap['value'])}{between}{'*' if gap['found'] else ' '}")
+
+
+def _value(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if abs(value) > 2 else f"{value:.2f}"
 
 
 def _sentences(outcome: Outcome) -> Iterator[str]:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from torch import nn
+from torch.utils.data import ConcatDataset, Subset
+
 from expunge import __version__
+from expunge.audits import AUDITS, Audit, Subject
+from expunge.audits.check import Check
+from expunge.audits.ensembles import judge_ensembles, train_ensembles
+from expunge.audits.runner import as_figure
 from expunge.config import as_json, override
 from expunge.data import (
     ImageTable,
     count_labels,
     draw,
+    labels_of,
     missing_classes,
     open_source,
     stage,
@@ -25,9 +35,11 @@ from expunge.files import json_writer, write_atomically
 from expunge.journal import Journal
 from expunge.methods import METHODS, PRESETS
 from expunge.metrics import accuracy
-from expunge.schema import Record, Split, TrainConfig
+from expunge.models import reinitialized
+from expunge.schema import Preprocessing, Record, Split, TrainConfig
 from expunge.training import predict, train
-from expunge.weights import Metadata, save_weights, weights_writer
+from expunge.verdict import verdict
+from expunge.weights import Metadata, apply_weights, load_weights, save_weights, weights_writer
 from expunge.workspace import DataOptions, Workspace, align, open_workspace
 
 TRAIN_DEFAULT = TrainConfig(epochs=12, lr=0.002, optimizer="adamw", weight_decay=0.05, schedule="one_cycle")
@@ -186,7 +198,7 @@ def forget_command(
         notes.append(f"dropped {dropped:,} images of forgotten classes from the retain sample, unread")
     if len(sample) == 0:
         raise InputError("expected a retain sample, found no image of a class to retain")
-    reference = _reference(data, retrained, workspace, device) if retrained is not None else None
+    reference = _retrained(workspace, retrained) if retrained is not None else None
     with journal.phase("read images", steps=None):
         retained = stage(sample, workspace.preprocessing, skip_bad=data.skip_bad, seed=seed)
     if len(retained.dataset) == 0:
@@ -200,6 +212,7 @@ def forget_command(
     split = Split(
         forget_classes=forget,
         retain=retained.dataset,
+        forget=_forget_samples(workspace, data, method, seed),
         class_names=names,
         preprocessing=workspace.preprocessing,
         forgotten_before=before,
@@ -212,7 +225,7 @@ def forget_command(
     record = evaluate(
         workspace.model,
         unlearned,
-        replace(split, test=test.dataset),
+        replace(split, forget=None, test=test.dataset),
         reference.model if reference else None,
         retrained_preprocessing=reference.preprocessing if reference else None,
         method=method,
@@ -254,6 +267,234 @@ def forget_command(
     return Outcome(record, tuple(notes), files)
 
 
+def audit_command(
+    data: DataOptions,
+    model: str | None,
+    original: Path,
+    unlearned: Path,
+    out: Path,
+    *,
+    classes: Sequence[str] = (),
+    retrained: Sequence[Path] = (),
+    audits: Sequence[str] = (),
+    training_data: bool = True,
+    ensembles: EnsembleOptions | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    journal: Journal | None = None,
+) -> Outcome:
+    """Judge an unlearned model, made by anyone with any tool; write `record.json` to the folder `out`.
+
+    Args:
+        model: the model string; None: as the weights say.
+        classes: names or indices that were to be forgotten; empty: those that `unlearned` says it forgot.
+        retrained: weights of the same model trained without the classes; of several, the first is what is compared
+            with, and how far the second is from it is the noise floor.
+        audits: names of the attacks to run; empty: all of the default budget.
+        training_data: the train images of `data` are those the original was trained on; False: none of `data` is.
+        ensembles: train many models and judge the method by them too (hours); None: do not. Their answers are kept in
+            `out`/ensembles, and an interrupted run goes on with the next model.
+        seed: of all randomness.
+
+    Raises:
+        InputError: something cannot be used.
+    """
+    journal = journal or Journal()
+    chosen = _audits(audits)
+    check_writable(out / "record.json")
+    classes = classes or _newly_forgotten(original, unlearned)
+    workspace = open_workspace(data, model, original, leave_out=classes, seed=seed, device=device)
+    subject = _sibling(workspace, unlearned)
+    references = [_retrained(workspace, path) for path in retrained]
+    notes = list(workspace.notes)
+    if subject.preprocessing != workspace.preprocessing:
+        raise InputError(f"{unlearned} states another mean and std of images than the original weights do")
+    split, skipped = _audit_split(workspace, data, training_data, journal)
+    if training_data:
+        notes.append("the train images of --data are taken for those the original was trained on")
+    record = evaluate(
+        workspace.model,
+        subject.model,
+        split,
+        references[0].model if references else None,
+        retrained_preprocessing=references[0].preprocessing if references else None,
+        more_retrained=[(one.model, one.preprocessing) for one in references[1:]],
+        audits=chosen,
+        retrained_metadata=[one.metadata for one in references],
+        method=f"audit of {subject.metadata.made_by or 'unknown'}",
+        seed=seed,
+        journal=journal,
+    )
+    if ensembles is not None:
+        many = _judged_by_many(workspace, split, ensembles, out / "ensembles", seed, journal)
+        told = dict(record.audits) | many
+        record = replace(record, audits=told, verdict=verdict(record.metrics, told, _checks(record)))
+    if skipped:
+        notes.append(f"left out {skipped:,} images that cannot be decoded")
+    record = replace(
+        record,
+        model=dict(record.model)
+        | {
+            "spec": workspace.spec.text,
+            "original": str(original),
+            "unlearned": str(unlearned),
+            "retrained": [str(path) for path in retrained],
+        },
+        data=dict(record.data)
+        | {
+            "source": data.spec,
+            "train_samples": len(split.forget) + len(split.retain) if split.forget is not None else 0,  # type: ignore[arg-type]
+            "skipped_bad": skipped,
+        },
+        notes=tuple(notes),
+    )
+    file = out / "record.json"
+    write_atomically({file: json_writer(as_json(record))})
+    return Outcome(record, tuple(notes), (file,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnsembleOptions:
+    """How the many models are made that U-LiRA and forgetting quality need."""
+
+    members: int = 8  # originals to unlearn, and as many retrained ones
+    method: str = "unsir"
+    preset: str = "default"
+    recipe: TrainConfig = TRAIN_DEFAULT
+
+
+def _judged_by_many(
+    workspace: Workspace, split: Split, options: EnsembleOptions, folder: Path, seed: int, journal: Journal
+) -> dict[str, dict[str, Any]]:
+    """Return what U-LiRA and forgetting quality find on models trained for it, as `run_audits` would tell it."""
+    if split.forget is None or split.test is None:
+        raise InputError("ensembles are trained on the train images of --data: they do not go with --no-training-data")
+    config = _preset(options.method, options.preset)
+    retained = split.retain
+    everything: Any = ConcatDataset([split.forget, retained])
+
+    def trained(images: Any, number: int, name: str) -> Subject:
+        model = reinitialized(workspace.model, seed=number)
+        train(
+            model, images, options.recipe, seed=number, preprocessing=split.preprocessing, journal=journal, phase=name
+        )
+        return Subject("retrained", model, split.preprocessing)
+
+    def unlearned(original: Subject, number: int) -> Subject:
+        handed = split if "forget" in METHODS[options.method].reads else split.zero_glance()
+        model = METHODS[options.method](
+            original.model, replace(handed, test=None), config, seed=number, journal=journal
+        )
+        return Subject("unlearned", model, split.preprocessing)
+
+    labels = labels_of(split.test)
+    gone = [*split.forget_classes, *split.forgotten_before]
+    found = judge_ensembles(
+        train_ensembles(
+            lambda number: trained(everything, number, "ensemble original"),
+            unlearned,
+            lambda number: trained(retained, number, "ensemble retrained"),
+            {
+                "forget": split.forget,
+                "retain": split.retain,
+                "test": Subset(split.test, np.flatnonzero(~np.isin(labels, gone)).tolist()),
+            },
+            folder,
+            count=options.members,
+            seed=seed,
+            identity=f"{workspace.spec.text} {split.forget_classes} {options} {count_labels(everything)}",
+        ),
+        seed=seed,
+    )
+    shared: dict[str, Any] = {"needs": ["ensemble"], "skipped": None, "seconds": 0.0, "compared": {}}
+    return {
+        "u_lira": shared
+        | {
+            "says": "whether anyone could tell the method's models from retrained ones, by their answers on one sample",
+            "source": "arXiv:2403.01218",
+            "targets": {"u_lira": "low", "u_lira true positives": "low"},
+            "figures": {
+                name: {"unlearned": as_figure(found.figures[name])} for name in ("u_lira", "u_lira true positives")
+            },
+            "details": {"unlearned": dict(found.details)},
+        },
+        "forgetting_quality": shared
+        | {
+            "says": "how like the method's models are to retrained ones, sample by sample, under the best threshold",
+            "source": "arXiv:2406.09073",
+            "targets": {"forgetting quality": "high"},
+            "figures": {"forgetting quality": {"unlearned": as_figure(found.figures["forgetting quality"])}},
+            "details": {"unlearned": dict(found.details)},
+        },
+    }
+
+
+def _checks(record: Record) -> list[Check]:
+    return [Check(**check) for check in record.self_checks]
+
+
+AUDIT_IMAGES = 20_000  # of the train and of the held-out images each, at most, drawn evenly from the classes
+AUDIT_BYTES = 2**30  # or so many as take this much memory: audits read them many times, in any order
+
+
+def _audit_split(workspace: Workspace, data: DataOptions, training_data: bool, journal: Journal) -> tuple[Split, int]:
+    """Return the split that audits read, all of it in memory, and how many images could not be decoded."""
+    size = workspace.preprocessing.channels * workspace.preprocessing.size[0] * workspace.preprocessing.size[1]
+    most = max(1, min(AUDIT_IMAGES, AUDIT_BYTES // size) // len(workspace.class_names))
+    trained_on = (workspace.metadata.training or {}).get("train_samples")
+    per_class = most
+    if training_data and trained_on and trained_on < len(workspace.source.train):  # trained with --per-class
+        per_class = max(1, min(most, trained_on // len(workspace.class_names)))
+    # seed 0 is what `train --per-class` draws with: a smaller draw is part of a larger one
+    known = draw(workspace.source.train, per_class=per_class, seed=0)
+    held_out = draw(workspace.test, per_class=most, seed=0)
+    if len(held_out) == 0:
+        raise InputError("expected held-out images to measure on, found none: add a test split, or more images a class")
+    forget = set(workspace.left_out)
+    before = tuple(label for label in workspace.gone_before if label not in forget)
+    with journal.phase("read images", steps=None):
+        staged = {
+            "retain": stage(without(known, {*forget, *before}), workspace.preprocessing, skip_bad=data.skip_bad),
+            "forget": stage(
+                without(known, set(range(len(workspace.class_names))) - forget),
+                workspace.preprocessing,
+                skip_bad=data.skip_bad,
+            ),
+            "test": stage(held_out, workspace.preprocessing, skip_bad=data.skip_bad, shuffle=False),
+        }
+    parts = {name: one.dataset for name, one in staged.items()}
+    split = Split(
+        forget_classes=workspace.left_out,
+        retain=parts["retain"],
+        forget=parts["forget"],
+        test=parts["test"],
+        class_names=workspace.class_names,
+        preprocessing=workspace.preprocessing,
+        forgotten_before=before,
+    )
+    if not training_data:
+        split = replace(split, retain=Subset(parts["test"], []), forget=None, test=ConcatDataset(list(parts.values())))
+    elif len(labels_of(parts["forget"])) == 0:
+        split = replace(split, forget=None)
+    return split, sum(one.num_bad for one in staged.values())
+
+
+def _newly_forgotten(original: Path, unlearned: Path) -> tuple[str, ...]:
+    """Return the classes that the unlearned weights say were forgotten, and the original's do not."""
+    before, after = (load_weights(path)[1] for path in (original, unlearned))
+    names = tuple(name for name in after.forgotten if name not in before.forgotten)
+    if not names:
+        raise InputError(f"{unlearned} does not say which classes were to be forgotten: name them with --classes")
+    return names
+
+
+def _audits(names: Sequence[str]) -> list[Audit]:
+    unknown = [name for name in names if name not in AUDITS]
+    if unknown:
+        raise InputError(f"unknown audit {unknown[0]!r}: expected some of {', '.join(AUDITS)}")
+    return [audit for name, audit in AUDITS.items() if (name in names if names else audit.budget == "default")]
+
+
 def demo_command(out: Path, *, seed: int = 0, journal: Journal | None = None) -> Outcome:
     """Train All-CNN-C on scikit-learn's digits, with and without the threes; make the first forget them; judge it."""
     data = DataOptions(spec="digits")
@@ -284,6 +525,19 @@ def check_writable(path: Path) -> None:
             pass
     except OSError as error:
         raise InputError(f"cannot write to {path.parent}: {error.strerror or error}") from error
+
+
+def _forget_samples(workspace: Workspace, data: DataOptions, method: str, seed: int) -> Any:
+    """Return the training images of the classes to forget, for a method that reads them; None for a zero-glance one."""
+    if METHODS[method].zero_glance:
+        return None
+    others = set(range(len(workspace.class_names))) - set(workspace.left_out)
+    table = without(workspace.source.train, others)
+    if len(table) == 0:
+        raise InputError(
+            f"the method {method} reads images of the classes to forget, and the data has none to train on"
+        )
+    return stage(table, workspace.preprocessing, skip_bad=data.skip_bad, seed=seed).dataset
 
 
 def _preset(method: str, preset: str) -> Any:
@@ -320,16 +574,32 @@ def _retain_table(
     return clean, dropped
 
 
-def _reference(data: DataOptions, weights: Path, workspace: Workspace, device: str | None) -> Workspace:
-    """Open the retrained model, checked to answer the same question about the same images."""
-    reference = open_workspace(data, workspace.spec.text, weights, seed=0, device=device)
-    names = workspace.class_names
-    if reference.class_names != names:
-        raise InputError(f"the classes of {weights} are not those of the weights to forget from")
-    forget = {names[label] for label in workspace.left_out}
+@dataclass(frozen=True)
+class _Sibling:
+    """Another model of the same architecture and classes as a workspace's."""
+
+    model: nn.Module
+    preprocessing: Preprocessing
+    metadata: Metadata
+
+
+def _sibling(workspace: Workspace, weights: Path) -> _Sibling:
+    """Open other weights of the workspace's model, checked to answer the same question about the same images."""
+    state, metadata = load_weights(weights)
+    model = copy.deepcopy(workspace.model)
+    apply_weights(model, state, str(weights))
+    if metadata.class_names and metadata.class_names != workspace.class_names:
+        raise InputError(f"the classes of {weights} are not those of the original weights")
+    ours, theirs = workspace.preprocessing, metadata.preprocessing or workspace.preprocessing
+    if (ours.size, ours.channels) != (theirs.size, theirs.channels):
+        raise InputError(f"{weights} takes images of another size than the original weights: see --size")
+    return _Sibling(model, theirs, metadata)
+
+
+def _retrained(workspace: Workspace, weights: Path) -> _Sibling:
+    """Open a retrained model; one that says it was trained with a class to forget is refused."""
+    reference = _sibling(workspace, weights)
+    forget = {workspace.class_names[label] for label in workspace.left_out}
     if reference.metadata.training is not None and not forget <= set(reference.metadata.never_seen):
         raise InputError(f"{weights} was trained with a class to forget: its metadata names no such omission")
-    ours, theirs = workspace.preprocessing, reference.preprocessing
-    if (ours.size, ours.channels) != (theirs.size, theirs.channels):
-        raise InputError(f"{weights} takes images of another size than the weights to forget from: see --size")
     return reference

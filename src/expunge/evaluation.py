@@ -9,21 +9,35 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import ConcatDataset, IterableDataset, Subset
 
 from expunge import __version__
+from expunge.audits.core import Audit, AuditData, Subject
+from expunge.audits.runner import as_figure, as_gap, run_audits
+from expunge.audits.self_checks import Check, run_self_checks
 from expunge.data import count_labels
 from expunge.errors import InputError
 from expunge.journal import Journal
 from expunge.metrics import (
     accuracy,
+    activation_distances,
+    calibration_error,
+    divergence_bits,
     entropy_bits,
     layer_distances,
     masked_accuracy,
+    of_values,
     per_class_accuracy,
     prediction_distribution,
+    tug_of_war,
+    wilson_interval,
+    zero_retrain_forgetting,
 )
+from expunge.models import reinitialized
 from expunge.schema import Phase, Predictions, Preprocessing, Record, Split
 from expunge.training import device_of, predict
+from expunge.verdict import verdict
+from expunge.weights import Metadata
 
 
 def evaluate(
@@ -33,6 +47,9 @@ def evaluate(
     retrained: nn.Module | None = None,
     *,
     retrained_preprocessing: Preprocessing | None = None,
+    more_retrained: Sequence[tuple[nn.Module, Preprocessing | None]] = (),
+    audits: Sequence[Audit] = (),
+    retrained_metadata: Sequence[Metadata | None] = (),
     method: str = "unknown",
     config: Mapping[str, Any] | None = None,
     seed: int | None = None,
@@ -47,10 +64,14 @@ def evaluate(
     Args:
         original: the model before.
         unlearned: the model after, made by any method.
-        split: with a test set; of the retain sample only labels are read.
+        split: with a test set. Without audits only labels of the retain sample are read; with them it and `forget` are
+            the training samples that audits may use.
         retrained: a model trained without the forget classes.
         retrained_preprocessing: its own, where it differs from `split.preprocessing` in mean and std.
-        method: recorded, as are `config` and `seed`.
+        more_retrained: further such models, of other training seeds: how far the first two are apart is the noise.
+        audits: attacks to run (`expunge.AUDITS`); with any of them come the self-checks and the verdict.
+        retrained_metadata: what the files of the retrained models say of themselves, for the self-checks.
+        method: recorded, as are `config` and `seed` (of all randomness of the audits).
         phases: of the method's run, for its cost.
         journal: of the method's run, for what its calibration found; evaluation adds its own phases.
 
@@ -61,27 +82,29 @@ def evaluate(
         raise InputError("expected split.test, held-out samples to measure on, got None")
     journal = journal or Journal()
     started = len(journal.phases)
-    models = {"before": original, "after": unlearned} | ({"retrained": retrained} if retrained is not None else {})
+    references = [] if retrained is None else [(retrained, retrained_preprocessing), *more_retrained]
+    first = Subject("original", original, split.preprocessing, journal)
+    second = Subject("unlearned", unlearned, split.preprocessing, journal)
+    others = [
+        Subject(f"retrained {number}" if number > 1 else "retrained", model, own or split.preprocessing, journal)
+        for number, (model, own) in enumerate(references, 1)
+    ]
+    subjects = {"before": first, "after": second} | ({"retrained": others[0]} if others else {})
     metrics: dict[str, Any] = {}
-    answers: dict[str, Predictions] = {}
-    for role, model in models.items():
-        own = retrained_preprocessing if role == "retrained" else None
-        preprocessing = own or split.preprocessing
-        answers[role] = predict(
-            model, split.test, preprocessing=preprocessing, journal=journal, phase=f"evaluate {role}"
-        )
-        metrics[role] = measures(answers[role], split)
+    for role, subject in subjects.items():
+        metrics[role] = measures(subject.answers(split.test, phase=f"evaluate {role}"), split)
         if split.forget is not None:
-            trained_on = predict(
-                model, split.forget, preprocessing=preprocessing, journal=journal, phase=f"evaluate {role}"
-            )
-            metrics[role]["forget_train_accuracy"] = accuracy(trained_on.logits, trained_on.labels)
-    metrics["after"]["weight_distance"] = {"to_original": layer_distances(unlearned, original)}
-    if retrained is not None:
-        metrics["after"]["weight_distance"]["to_retrained"] = layer_distances(unlearned, retrained)
-        metrics["retrained"]["weight_distance"] = {"to_original": layer_distances(retrained, original)}
-    num_classes = answers["before"].logits.shape[1]
-    names = _names(split, num_classes)
+            seen = subject.answers(split.forget, phase=f"evaluate {role}")
+            metrics[role]["forget_train_accuracy"] = accuracy(seen.logits, seen.labels)
+    answers = {role: subject.answers(split.test) for role, subject in subjects.items()}
+    _compare(metrics, answers, subjects, split)
+    names = _names(split, answers["before"].logits.shape[1])
+    found: dict[str, Any] = {}
+    checked: tuple[Check, ...] = ()
+    if audits:
+        data = _audit_data(split, names)
+        found = run_audits(audits, first, second, others, data, seed=seed or 0, journal=journal)
+        checked = run_self_checks(first, second, others, data, metadata=retrained_metadata, audits=found)
     handed = count_labels(split.retain)
     evaluation_phases = journal.phases[started:]
     return Record(
@@ -111,7 +134,94 @@ def evaluate(
         checks=check_outcome(metrics)
         | {"signals": journal.calibration.reached if journal.calibration is not None else None},
         calibration=asdict(journal.calibration) if journal.calibration is not None else None,
+        audits=found,
+        self_checks=tuple(asdict(check) for check in checked),
+        verdict=verdict(metrics, found, checked) if audits else None,
     )
+
+
+def _audit_data(split: Split, names: Sequence[str]) -> AuditData:
+    """Return what audits may read: training samples only where those of the forget classes are given."""
+    if any(isinstance(part, IterableDataset) for part in (split.test, split.forget, split.retain)):
+        raise InputError(
+            "expected data sets with an order for audits, got a stream: hand in as many samples as fit memory"
+        )
+    assert split.test is not None
+    return AuditData(
+        forget_classes=split.forget_classes,
+        test=split.test,
+        train=ConcatDataset([split.forget, split.retain]) if split.forget is not None else None,
+        class_names=tuple(names),
+        forgotten_before=split.forgotten_before,
+    )
+
+
+def _compare(
+    metrics: dict[str, Any],
+    answers: Mapping[str, Predictions],
+    subjects: Mapping[str, Subject],
+    split: Split,
+) -> None:
+    """Add to `metrics` the figures that take two models: distances, divergences, gaps with their intervals."""
+    labels = answers["before"].labels
+    forget = _is_forget(answers["before"], split)
+    metrics["after"]["weight_distance"] = {
+        "to_original": layer_distances(subjects["after"].model, subjects["before"].model)
+    }
+    if forget.any():
+        _against_ignorance(metrics, answers, subjects, split, forget)
+    sides = {"forget_accuracy": forget, "retain_accuracy": _is_retained(labels, split)}
+    hits = {role: (one.logits.argmax(1) == labels) for role, one in answers.items()}
+    for key, reference in {"gaps": "retrained", "gaps_to_original": "before"}.items():
+        if reference in answers:
+            metrics[key] = {
+                name: as_gap(of_values(hits["after"][side]), of_values(hits[reference][side]))
+                for name, side in sides.items()
+                if side.any()
+            }
+    if "retrained" not in answers:
+        return
+    metrics["after"]["weight_distance"]["to_retrained"] = layer_distances(
+        subjects["after"].model, subjects["retrained"].model
+    )
+    metrics["retrained"]["weight_distance"] = {
+        "to_original": layer_distances(subjects["retrained"].model, subjects["before"].model)
+    }
+    own, theirs = answers["after"].logits, answers["retrained"].logits
+    shares = [metrics[role]["forget_prediction_distribution"] for role in ("after", "retrained")]
+    gaps = [gap["value"] for gap in metrics["gaps"].values()]
+    everything = (own.argmax(1) == labels).double().mean() - (theirs.argmax(1) == labels).double().mean()
+    metrics["after"] |= {
+        "tug_of_war": tug_of_war([*gaps, everything.item()]) if len(gaps) == 2 else None,
+        "activation_distance": as_figure(of_values(activation_distances(own[forget], theirs[forget])))
+        if forget.any()
+        else None,
+        "prediction_divergence_bits": divergence_bits(*(list(share.values()) for share in shares))
+        if all(shares)
+        else None,
+    }
+
+
+def _against_ignorance(
+    metrics: dict[str, Any],
+    answers: Mapping[str, Predictions],
+    subjects: Mapping[str, Subject],
+    split: Split,
+    forget: torch.Tensor,
+) -> None:
+    """Add ZRF: how near each model's answers on forget samples are to those of a network that learned nothing."""
+    assert split.test is not None
+    samples: Any = split.test
+    streamed = isinstance(samples, IterableDataset)  # read in its order or not at all
+    if not streamed:
+        samples = Subset(samples, forget.nonzero().flatten().tolist())
+    ignorant = reinitialized(subjects["before"].model, seed=0)
+    random = predict(ignorant, samples, preprocessing=split.preprocessing, phase="evaluate ignorance").logits
+    random = random[forget] if streamed else random
+    for role, one in answers.items():
+        metrics[role]["zero_retrain_forgetting"] = as_figure(
+            of_values(zero_retrain_forgetting(one.logits[forget], random))
+        )
 
 
 def measures(answers: Predictions, split: Split) -> dict[str, Any]:
@@ -123,13 +233,16 @@ def measures(answers: Predictions, split: Split) -> dict[str, Any]:
         raise InputError("the model gives NaN or infinite logits: it cannot be measured")
     forget = _is_forget(answers, split)
     gone = sorted({*split.forget_classes, *split.forgotten_before})
-    others = ~torch.isin(labels, torch.tensor(gone))
+    others = _is_retained(labels, split)
     names = _names(split, logits.shape[1])
     kept, lost = bool(others.any()), bool(forget.any())
     masked = logits.clone()
     masked[:, gone] = -torch.inf
     distribution = prediction_distribution(logits[forget]) if lost else None
+    hits = logits.argmax(1) == labels
+    sides = {"test_accuracy": torch.ones_like(forget), "forget_accuracy": forget, "retain_accuracy": others}
     return {
+        "test_accuracy": accuracy(logits, labels),
         "forget_accuracy": accuracy(logits[forget], labels[forget]) if lost else None,
         "retain_accuracy": accuracy(logits[others], labels[others]) if kept else None,
         "per_class_accuracy": dict(zip(names, per_class_accuracy(logits, labels), strict=True)),
@@ -139,6 +252,9 @@ def measures(answers: Predictions, split: Split) -> dict[str, Any]:
         "forget_prediction_distribution": dict(zip(names, distribution, strict=True)) if distribution else None,
         "forget_prediction_entropy_bits": entropy_bits(distribution) if distribution else None,
         "false_forget_rate": _share_called(logits[others], split.forget_classes) if kept else None,
+        "retain_calibration_error": calibration_error(logits[others], labels[others]) if kept else None,
+        "intervals": {name: _wilson(hits[side]) for name, side in sides.items()},
+        "per_class_intervals": {name: _wilson(hits[labels == label]) for label, name in enumerate(names)},
     }
 
 
@@ -191,6 +307,18 @@ def environment(model: nn.Module) -> dict[str, Any]:
 
 def _is_forget(answers: Predictions, split: Split) -> torch.Tensor:
     return torch.isin(answers.labels, torch.tensor(split.forget_classes))
+
+
+def _is_retained(labels: torch.Tensor, split: Split) -> torch.Tensor:
+    return ~torch.isin(labels, torch.tensor(sorted({*split.forget_classes, *split.forgotten_before})))
+
+
+def _wilson(hits: torch.Tensor) -> list[float] | None:
+    """Return the bounds of an accuracy, 95 %; None without samples."""
+    if len(hits) == 0:
+        return None
+    interval = wilson_interval(int(hits.sum()), len(hits))
+    return [interval.low, interval.high]
 
 
 def _share_called(logits: torch.Tensor, classes: Sequence[int]) -> float:

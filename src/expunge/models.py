@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import importlib.util
 import inspect
 import sys
@@ -17,7 +18,7 @@ from torch import nn
 
 from expunge.errors import InputError, first_line
 from expunge.schema import Preprocessing
-from expunge.training import device_of, evaluating, logits_of
+from expunge.training import device_of, evaluating, logits_of, seeded
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,27 @@ def check_model(model: nn.Module, preprocessing: Preprocessing, num_classes: int
         ) from error
     if width != num_classes:
         raise InputError(f"the model gives {width} logits, the data has {num_classes} classes")
+
+
+@torch.no_grad()
+def reinitialized(model: nn.Module, *, seed: int) -> nn.Module:
+    """Return a copy of `model`, in eval mode, that knows nothing: each module draws its parameters anew from `seed`.
+
+    Parameters that no module can draw (class tokens, positions) become normal with the deviation of their old values.
+    """
+    fresh = copy.deepcopy(model).eval()
+    left = {id(parameter): parameter for parameter in fresh.parameters()}
+    with seeded(seed):
+        for module in fresh.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
+                for parameter in module.parameters(recurse=False):
+                    left.pop(id(parameter), None)
+        for parameter in left.values():
+            deviation = parameter.std().item() if parameter.numel() > 1 else 0.0
+            parameter.normal_(0.0, deviation if deviation > 0 else 0.02)
+    return fresh
 
 
 class AllCNN(nn.Module):

@@ -167,6 +167,9 @@ class Record:
     environment: Mapping[str, Any]
     checks: Mapping[str, Any] = field(default_factory=dict)
     calibration: Mapping[str, Any] | None = None
+    audits: Mapping[str, Any] = field(default_factory=dict)  # by name; empty where none was asked for
+    self_checks: tuple[Mapping[str, Any], ...] = ()
+    verdict: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
     schema_version: int = SCHEMA_VERSION
 

@@ -1,0 +1,179 @@
+"""`expunge audit`: from files to an answer, and a user's mistakes in one line each."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from expunge import cli
+from expunge.audits import AUDITS
+from expunge.commands import EnsembleOptions, audit_command
+from expunge.errors import InputError
+from expunge.schema import TrainConfig
+from expunge.weights import Metadata, load_weights, save_weights
+from expunge.workspace import DataOptions, open_workspace
+from test_cli import Trained, assert_refused, invoke, record_of
+
+SHORT = "linear_probe,prototype,population_mia"
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trained, Path]:
+    """Models of the digits, and one that hides the threes behind its head's bias, of which nobody wrote what it is."""
+    trained = Trained(tmp_path_factory.mktemp("audited"))
+    hidden = trained.root / "hidden.safetensors"
+    state = load_file(trained.weights)
+    state["5.bias"][3] -= 50
+    save_file(state, hidden)
+    return trained, hidden
+
+
+def words(trained: Trained, unlearned: Path, out: Path, *more: str) -> list[str]:
+    given = ["audit", "--original", str(trained.weights), "--unlearned", str(unlearned), "--data", "digits"]
+    return [*given, "--model", trained.model, "--out", str(out), *more]
+
+
+def test_a_hidden_class_is_found_out_and_written_down(judged: tuple[Trained, Path], tmp_path: Path) -> None:
+    trained, hidden = judged
+    retrained = ("--retrained", str(trained.retrained), "--classes", "3", "--audits", SHORT)
+    result = invoke(*words(trained, hidden, tmp_path / "out", *retrained))
+    assert result.exit_code == 1, result.output
+    record = record_of(tmp_path / "out")
+    assert set(record["audits"]) == set(SHORT.split(","))
+    assert record["verdict"]["gone_at_the_output"]["answer"] == "yes"
+    assert record["verdict"]["gone_inside"]["answer"] == "no"
+    assert any("weights untouched" in text for text in record["verdict"]["diagnosis"])
+    assert record["metrics"]["gaps"]["forget_accuracy"]["value"] == 0
+    assert record["metrics"]["after"]["zero_retrain_forgetting"]["count"] == 37
+    assert 0 < record["metrics"]["after"]["tug_of_war"] <= 1
+    assert record["model"]["unlearned"] == str(hidden)
+    for shown in ("Gone at the output: yes", "Gone inside: no", "weights untouched", "linear probe", "Not tested"):
+        assert shown in result.stdout
+
+
+def test_without_a_retrained_model_it_says_so_first(judged: tuple[Trained, Path], tmp_path: Path) -> None:
+    trained, hidden = judged
+    result = invoke(*words(trained, hidden, tmp_path / "out", "--classes", "3", "--audits", SHORT))
+    assert "Without a retrained model" in next(line for line in result.stdout.splitlines() if line.strip())
+    assert "retrained" not in record_of(tmp_path / "out")["metrics"]
+
+
+def test_without_training_data_its_attacks_are_skipped_with_the_reason(
+    judged: tuple[Trained, Path], tmp_path: Path
+) -> None:
+    trained, hidden = judged
+    out = tmp_path / "out"
+    result = invoke(*words(trained, hidden, out, "--classes", "3", "--audits", SHORT, "--no-training-data"))
+    record = record_of(out)
+    assert record["data"]["train_samples"] == 0
+    assert record["data"]["test_samples"] == 1797  # none of them was trained on, says who asks
+    for name in SHORT.split(","):
+        assert "training images of the forgotten classes" in record["audits"][name]["skipped"]
+    assert "Attacks skipped" in result.stdout
+
+
+def test_the_classes_are_those_the_weights_say(judged: tuple[Trained, Path], tmp_path: Path) -> None:
+    trained, hidden = judged
+    told = tmp_path / "told.safetensors"
+    network = open_workspace(DataOptions(spec="digits"), trained.model, trained.weights, seed=0).model
+    network.load_state_dict(load_file(hidden))
+    save_weights(network, told, replace(load_weights(trained.weights)[1], forgotten=("3",)))
+    options = DataOptions(spec="digits")
+    record = audit_command(
+        options, trained.model, trained.weights, told, tmp_path / "out", audits=["nearest_class_mean"]
+    ).record
+    assert record.classes["forget"] == ["3"]
+    with pytest.raises(InputError, match="does not say which classes were to be forgotten: name them with --classes"):
+        audit_command(options, trained.model, trained.weights, hidden, tmp_path / "no", audits=["nearest_class_mean"])
+
+
+def test_two_retrained_models_give_a_noise_floor(judged: tuple[Trained, Path], tmp_path: Path) -> None:
+    trained, hidden = judged
+    record = audit_command(
+        DataOptions(spec="digits"), trained.model, trained.weights, hidden, tmp_path, classes=["3"],
+        retrained=[trained.retrained, trained.retrained], audits=["nearest_class_mean"],
+    ).record  # fmt: skip
+    figure = record.audits["nearest_class_mean"]["figures"]["head input"]
+    assert figure["noise_floor"]["value"] == 0  # the same model twice
+    assert figure["retrained 2"] == figure["retrained"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--classes", "3", "--audits", "telepathy"), "unknown audit 'telepathy': expected some of linear_probe"),
+        (("--classes", "12"), "class index 12 is out of range: expected 0 to 9"),
+        (("--classes", "3", "--budget", "huge"), "expected --budget default or large, got 'huge'"),
+        (("--classes", "3", "--retrained", "nowhere.safetensors"), "nowhere.safetensors"),
+        ((), "does not say which classes were to be forgotten"),
+    ],
+)
+def test_mistakes_are_one_line(
+    judged: tuple[Trained, Path], tmp_path: Path, more: tuple[str, ...], message: str
+) -> None:
+    trained, hidden = judged
+    out = tmp_path / "out"
+    result = invoke(*words(trained, hidden, out, "--quiet", *more))
+    assert_refused(result.exit_code, result.stderr, message, out)
+
+
+def test_weights_that_do_not_fit_are_refused(judged: tuple[Trained, Path], tmp_path: Path) -> None:
+    trained, _ = judged
+    options = DataOptions(spec="digits")
+
+    def audit(unlearned: Path, *retrained: Path) -> None:
+        audit_command(
+            options, trained.model, trained.weights, unlearned, tmp_path / "out", classes=["3"], retrained=retrained
+        )
+
+    with pytest.raises(InputError, match="was trained with a class to forget"):
+        audit(trained.weights, trained.weights)
+    other = tmp_path / "other.safetensors"
+    state = load_file(trained.weights)
+    save_file({name: value for name, value in state.items() if name != "5.bias"}, other)
+    with pytest.raises(InputError, match=r"5\.bias"):
+        audit(other)
+    shifted = tmp_path / "shifted.safetensors"
+    metadata = load_weights(trained.weights)[1]
+    assert metadata.preprocessing is not None
+    network = open_workspace(options, trained.model, trained.weights, seed=0).model
+    save_weights(network, shifted, replace(metadata, preprocessing=replace(metadata.preprocessing, mean=(0.9,))))
+    with pytest.raises(InputError, match="states another mean and std"):
+        audit(shifted)
+    named = tmp_path / "named.safetensors"
+    save_weights(network, named, Metadata(class_names=tuple("abcdefghij")))
+    with pytest.raises(InputError, match="are not those of the original weights"):
+        audit(named)
+
+
+def test_ensembles_are_trained_once_and_judged(judged: tuple[Trained, Path], tmp_path: Path) -> None:
+    trained, hidden = judged
+    recipe = TrainConfig(epochs=1, lr=0.01, batch_size=64)
+    many = EnsembleOptions(members=3, method="unsir", preset="fast", recipe=recipe)
+
+    def audit() -> Any:
+        return audit_command(
+            DataOptions(spec="digits"), trained.model, trained.weights, hidden, tmp_path, classes=["3"],
+            audits=["nearest_class_mean"], ensembles=many,
+        ).record  # fmt: skip
+
+    record = audit()
+    assert 0 <= record.audits["u_lira"]["figures"]["u_lira"]["unlearned"]["value"] <= 1
+    assert 0 <= record.audits["forgetting_quality"]["figures"]["forgetting quality"]["unlearned"]["value"] <= 1
+    assert not any("u_lira" in text for text in record.verdict["not_tested"])
+    files = sorted((tmp_path / "ensembles").glob("*.safetensors"))
+    assert len(files) == 6
+    times = [file.stat().st_mtime_ns for file in files]
+    assert audit().audits["u_lira"]["figures"] == record.audits["u_lira"]["figures"]
+    assert [file.stat().st_mtime_ns for file in files] == times  # none was made again
+
+
+def test_every_layer_has_a_title() -> None:
+    from expunge.audits.check import LAYERS
+
+    assert set(cli.LAYERS) == set(LAYERS)
+    assert all(audit.says and audit.source and audit.targets for audit in AUDITS.values())
