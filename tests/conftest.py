@@ -59,6 +59,10 @@ class TinyNet(nn.Module):
 
 @pytest.fixture(scope="session")
 def tiny() -> Tiny:
+    return make_tiny()
+
+
+def make_tiny() -> Tiny:
     source, test = with_test_split(open_source("digits"))
     preprocessing = Preprocessing(size=(8, 8), mean=(0.3,), std=(0.38,))
     images = stage(source.train, preprocessing).dataset

@@ -22,4 +22,5 @@ def test_demo(tmp_path: Path) -> None:
     assert metrics["after"]["retain_accuracy"] >= metrics["before"]["retain_accuracy"] - 0.03
     assert metrics["retrained"]["forget_accuracy"] == 0.0
     names = sorted(path.name for path in (tmp_path / "demo").iterdir())
-    assert names == ["original.safetensors", "record.json", "retrained.safetensors", "unlearned.safetensors"]
+    weights = [f"{name}.safetensors" for name in ("original", "retrained", "unlearned")]
+    assert names == sorted(["record.json", "report.html", *weights])

@@ -16,6 +16,7 @@ LAYERS = (
     {"errors"},
     {"schema"},
     {"journal", "config", "files", "data"},
+    {"report"},
     {"training"},
     {"metrics", "models", "weights", "signals"},
     {"audits"},
@@ -56,6 +57,11 @@ def test_imports_go_down(path: Path) -> None:
 def test_methods_never_import_metrics() -> None:
     for path in (PACKAGE / "methods").glob("*.py"):
         assert "metrics" not in imported(path)
+
+
+def test_the_report_reads_records_and_nothing_else() -> None:
+    for path in (PACKAGE / "report").glob("*.py"):
+        assert imported(path) <= {"report", "schema", "errors", "config", "files"}, path.name
 
 
 def test_public_names_are_no_modules() -> None:

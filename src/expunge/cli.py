@@ -176,7 +176,9 @@ def forget(
     classes: Annotated[
         list[str], typer.Option(metavar="A,B", help="Classes to forget, by name or index; may be repeated.")
     ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where unlearned.safetensors and record.json go.")],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where unlearned.safetensors, record.json and report.html go.")
+    ],
     model: Annotated[
         str | None, typer.Option(metavar="SPEC", help=f"{SPEC_HELP}. Not needed where the weights say it.")
     ] = None,
@@ -270,7 +272,7 @@ def audit(
         Path, typer.Option(metavar="U", help="Weights after, made by any tool.", rich_help_panel="Models")
     ],
     data: DataText,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where record.json goes.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where record.json and report.html go.")],
     retrained: Annotated[
         list[Path] | None,
         typer.Option(
@@ -365,6 +367,45 @@ def audit(
         verdict = outcome.record.verdict
         if verdict is not None and any(verdict[name]["answer"] == "no" for name in LAYERS):
             raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What expunge forget or audit wrote to.")],
+    form: Annotated[
+        str, typer.Option("--format", metavar="html|md|json", help="html: DIR/report.html; the others are printed.")
+    ] = "html",
+    show: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make the page of a record again, a Markdown summary (fit for a model card), or its JSON in canonical form."""
+    with _user_errors():
+        from expunge.errors import InputError
+        from expunge.files import write_atomically
+        from expunge.report import canonical_json, html_writer, markdown_summary, read_record
+
+        if form not in ("html", "md", "json"):
+            raise InputError(f"expected --format html, md or json, got {form!r}")
+        if show and form != "html":
+            raise InputError(f"expected --open with --format html, got {form}")
+        record = read_record(folder)
+        if form != "html":
+            typer.echo(markdown_summary(record) if form == "md" else canonical_json(record), nl=False)
+            return
+        page = folder / "report.html"
+        write_atomically({page: html_writer(record)})
+        if not quiet:
+            typer.echo(f"Wrote {page}")
+        if show:
+            _open(page)
+
+
+def _open(page: Path) -> None:
+    import webbrowser
+
+    if not webbrowser.open(page.absolute().as_uri()):
+        typer.echo(f"found no browser to open {page} with", err=True)
+        raise typer.Exit(1)
 
 
 def _version(wanted: bool) -> None:

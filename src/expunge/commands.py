@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from expunge.journal import Journal
 from expunge.methods import METHODS, PRESETS
 from expunge.metrics import accuracy
 from expunge.models import reinitialized
+from expunge.report import html_writer
 from expunge.schema import Preprocessing, Record, Split, TrainConfig
 from expunge.training import predict, train
 from expunge.verdict import verdict
@@ -163,7 +164,7 @@ def forget_command(
     device: str | None = None,
     journal: Journal | None = None,
 ) -> Outcome:
-    """Make a trained model forget classes; write `unlearned.safetensors` and `record.json` to the folder `out`.
+    """Make a trained model forget classes; write `unlearned.safetensors`, `record.json` and its page to `out`.
 
     The method is handed the retain sample alone. Held-out images, of forgotten classes too where the data has them,
     are read only afterwards, to measure. Nothing is written unless everything succeeded.
@@ -181,6 +182,7 @@ def forget_command(
     retain = retain or RetainOptions()
     config = override(_preset(method, preset), settings)
     check_writable(out / "record.json")
+    check_writable(out / "report.html")
     workspace = open_workspace(data, model, weights, leave_out=classes, seed=seed, device=device)
     names, forget = workspace.class_names, workspace.left_out
     before = tuple(label for label in workspace.gone_before if label not in forget)
@@ -229,7 +231,7 @@ def forget_command(
         reference.model if reference else None,
         retrained_preprocessing=reference.preprocessing if reference else None,
         method=method,
-        config={"preset": preset} | as_json(config),
+        config={"preset": preset, "settings": list(settings)} | as_json(config),
         seed=seed,
         phases=phases,
         journal=journal,
@@ -250,6 +252,7 @@ def forget_command(
             "retain_samples": len(sample) - retained.num_bad,
             "dropped_forgotten": dropped,
             "skipped_bad": skipped,
+            "options": _as_given(data),
         },
         notes=tuple(notes),
     )
@@ -262,9 +265,20 @@ def forget_command(
         made_by=f"expunge {__version__} forget",
         training=None,  # its accuracy was the original's
     )
-    files = (out / "unlearned.safetensors", out / "record.json")
-    write_atomically({files[0]: weights_writer(unlearned, metadata), files[1]: json_writer(as_json(record))})
-    return Outcome(record, tuple(notes), files)
+    writers = {out / "unlearned.safetensors": weights_writer(unlearned, metadata), **_writers(record, out)}
+    write_atomically(writers)
+    return Outcome(record, tuple(notes), tuple(writers))
+
+
+def _writers(record: Record, out: Path) -> dict[Path, Callable[[Path], None]]:
+    """Return the writers of a record and of its page."""
+    content = as_json(record)
+    return {out / "record.json": json_writer(content), out / "report.html": html_writer(content)}
+
+
+def _as_given(data: DataOptions) -> dict[str, Any]:
+    """Return how the data was to be read, where that was said."""
+    return {name: value for name, value in as_json(data).items() if name != "spec" and value not in (None, False)}
 
 
 def audit_command(
@@ -283,7 +297,7 @@ def audit_command(
     device: str | None = None,
     journal: Journal | None = None,
 ) -> Outcome:
-    """Judge an unlearned model, made by anyone with any tool; write `record.json` to the folder `out`.
+    """Judge an unlearned model, made by anyone with any tool; write `record.json` and its page to the folder `out`.
 
     Args:
         model: the model string; None: as the weights say.
@@ -302,13 +316,12 @@ def audit_command(
     journal = journal or Journal()
     chosen = _audits(audits)
     check_writable(out / "record.json")
+    check_writable(out / "report.html")
     classes = classes or _newly_forgotten(original, unlearned)
     workspace = open_workspace(data, model, original, leave_out=classes, seed=seed, device=device)
     subject = _sibling(workspace, unlearned)
     references = [_retrained(workspace, path) for path in retrained]
     notes = list(workspace.notes)
-    if subject.preprocessing != workspace.preprocessing:
-        raise InputError(f"{unlearned} states another mean and std of images than the original weights do")
     split, skipped = _audit_split(workspace, data, training_data, journal)
     if training_data:
         notes.append("the train images of --data are taken for those the original was trained on")
@@ -317,11 +330,13 @@ def audit_command(
         subject.model,
         split,
         references[0].model if references else None,
+        unlearned_preprocessing=subject.preprocessing,
         retrained_preprocessing=references[0].preprocessing if references else None,
         more_retrained=[(one.model, one.preprocessing) for one in references[1:]],
         audits=chosen,
         retrained_metadata=[one.metadata for one in references],
         method=f"audit of {subject.metadata.made_by or 'unknown'}",
+        config={"audits": list(audits), "training_data": training_data, "ensembles": as_json(ensembles)},
         seed=seed,
         journal=journal,
     )
@@ -345,12 +360,13 @@ def audit_command(
             "source": data.spec,
             "train_samples": len(split.forget) + len(split.retain) if split.forget is not None else 0,  # type: ignore[arg-type]
             "skipped_bad": skipped,
+            "options": _as_given(data),
         },
         notes=tuple(notes),
     )
-    file = out / "record.json"
-    write_atomically({file: json_writer(as_json(record))})
-    return Outcome(record, tuple(notes), (file,))
+    writers = _writers(record, out)
+    write_atomically(writers)
+    return Outcome(record, tuple(notes), tuple(writers))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,6 +46,7 @@ def evaluate(
     split: Split,
     retrained: nn.Module | None = None,
     *,
+    unlearned_preprocessing: Preprocessing | None = None,
     retrained_preprocessing: Preprocessing | None = None,
     more_retrained: Sequence[tuple[nn.Module, Preprocessing | None]] = (),
     audits: Sequence[Audit] = (),
@@ -67,7 +68,8 @@ def evaluate(
         split: with a test set. Without audits only labels of the retain sample are read; with them it and `forget` are
             the training samples that audits may use.
         retrained: a model trained without the forget classes.
-        retrained_preprocessing: its own, where it differs from `split.preprocessing` in mean and std.
+        unlearned_preprocessing: the unlearned model's own, where it differs from `split.preprocessing` in mean and std.
+        retrained_preprocessing: the retrained model's.
         more_retrained: further such models, of other training seeds: how far the first two are apart is the noise.
         audits: attacks to run (`expunge.AUDITS`); with any of them come the self-checks and the verdict.
         retrained_metadata: what the files of the retrained models say of themselves, for the self-checks.
@@ -84,7 +86,7 @@ def evaluate(
     started = len(journal.phases)
     references = [] if retrained is None else [(retrained, retrained_preprocessing), *more_retrained]
     first = Subject("original", original, split.preprocessing, journal)
-    second = Subject("unlearned", unlearned, split.preprocessing, journal)
+    second = Subject("unlearned", unlearned, unlearned_preprocessing or split.preprocessing, journal)
     others = [
         Subject(f"retrained {number}" if number > 1 else "retrained", model, own or split.preprocessing, journal)
         for number, (model, own) in enumerate(references, 1)
