@@ -4,8 +4,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from expunge.methods.bad_teacher import METHOD as BAD_TEACHER
+from expunge.methods.boundary import EXPAND as BOUNDARY_EXPAND
+from expunge.methods.boundary import SHRINK as BOUNDARY_SHRINK
+from expunge.methods.delete import METHOD as DELETE
 from expunge.methods.fine_tune import METHOD as FINE_TUNE
+from expunge.methods.fisher import METHOD as FISHER
 from expunge.methods.head_mask import METHOD as HEAD_MASK
+from expunge.methods.jit import METHOD as JIT
 from expunge.methods.l1_sparse import METHOD as L1_SPARSE
 from expunge.methods.neg_grad import METHOD as NEG_GRAD
 from expunge.methods.neg_grad_plus import METHOD as NEG_GRAD_PLUS
@@ -16,7 +21,11 @@ from expunge.methods.registry import Method
 from expunge.methods.retrain import METHOD as RETRAIN
 from expunge.methods.salun import METHOD as SALUN
 from expunge.methods.scrub import METHOD as SCRUB
+from expunge.methods.ssd import METHOD as SSD
+from expunge.methods.svd_class import METHOD as SVD_CLASS
 from expunge.methods.unsir import UnsirConfig, unsir
+from expunge.methods.zero_shot import GKT as ZERO_SHOT_GKT
+from expunge.methods.zero_shot import NOISE as ERROR_MIN_MAX
 
 UNSIR = Method(
     name="unsir",
@@ -45,6 +54,15 @@ METHODS: dict[str, Method] = {
         SCRUB,
         SALUN,
         L1_SPARSE,
+        FISHER,
+        SSD,
+        BOUNDARY_SHRINK,
+        BOUNDARY_EXPAND,
+        ZERO_SHOT_GKT,
+        ERROR_MIN_MAX,
+        JIT,
+        DELETE,
+        SVD_CLASS,
         NONE,
         HEAD_MASK,
         RANDOM_INIT,

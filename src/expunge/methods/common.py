@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
@@ -17,9 +16,9 @@ from expunge.data import count_labels, normalize
 from expunge.errors import InputError
 from expunge.models import reinitialized
 from expunge.schema import Preprocessing, Sample, Split, TrainConfig
-from expunge.training import PREDICT_BATCH, Batch, as_tensor, has_running_statistics
+from expunge.training import PREDICT_BATCH, Batch, as_tensor
 
-PUBLISHED_BATCH = 64
+BATCH = 64
 """Images a batch where the authors take 256 of a whole training set: of the fifth or so that a retain sample is, an
 epoch then has about as many steps as theirs."""
 
@@ -27,8 +26,8 @@ epoch then has about as many steps as theirs."""
 def sgd(**changes: Any) -> TrainConfig:
     """Return the training that most published baselines share, with `changes`: SGD, 10 epochs at 0.01.
 
-    Source: https://github.com/OPTML-Group/Unlearn-Sparse, README and arg_parser.py (momentum 0.9, weight decay 5e-4).
-    Its momentum is not Nesterov's, ours is.
+    Source: README and arg_parser.py of https://github.com/OPTML-Group/Unlearn-Sparse, but for the batch (theirs is 256)
+    and for Nesterov's momentum (theirs is the plain one).
     """
     settings: dict[str, Any] = {
         "epochs": 10,
@@ -36,7 +35,7 @@ def sgd(**changes: Any) -> TrainConfig:
         "optimizer": "sgd",
         "momentum": 0.9,
         "weight_decay": 5e-4,
-        "batch_size": PUBLISHED_BATCH,
+        "batch_size": BATCH,
     }
     return TrainConfig(**(settings | changes))
 
@@ -142,30 +141,10 @@ def _in_order(dataset: Any, rng: np.random.Generator | None = None) -> Iterator[
 # Models
 
 
-@contextmanager
-def fixed_statistics(model: nn.Module) -> Iterator[None]:
-    """Let the normalization layers of `model` normalize by their running statistics and keep those, in train mode too.
-
-    A batch of one class has statistics of its own: by those it looks like any other, what is trained on it says little
-    of the model in eval mode, and running statistics that follow it are wrong for all others. The codes of NegGrad and
-    SCRUB train so (`model.eval()`, `--disable-bn`).
-    """
-
-    def rest(layer: nn.Module, _: Any) -> None:
-        layer.training = False
-
-    hooks = [layer.register_forward_pre_hook(rest) for layer in model.modules() if has_running_statistics(layer)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def divergence(answers: Tensor, logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Return (N,) KL(softmax(answers / T) || softmax(logits / T)) times T squared, in nats, at least 0.
 
-    The factor keeps gradients alike at any temperature. Source: Hinton et al., arXiv:1503.02531, section 2.1.
+    The factor keeps gradients alike at any temperature. Source: Hinton et al., arXiv:1503.02531, section 2.
 
     Args:
         answers: (N, C) logits of a teacher.
@@ -195,4 +174,5 @@ def fresh_copy(model: nn.Module, *, seed: int) -> nn.Module:
 
 def derived_seed(seed: int, *parts: int) -> int:
     """Return a seed for one part of a run, unlike those of its other parts."""
-    return int(np.random.SeedSequence((seed, *parts)).generate_state(1)[0])
+    shifted = (part + 1 for part in parts)  # to a seed sequence, zeros at the end are nothing
+    return int(np.random.SeedSequence((seed, *shifted)).generate_state(1)[0])

@@ -23,14 +23,23 @@ from expunge.training import Batch, Objective, train
 
 @dataclass(frozen=True, kw_only=True)
 class NegGradPlusConfig:
-    """Hyper-parameters of NegGrad+: those of the authors' small_scale_unlearning.ipynb."""
+    """Hyper-parameters of NegGrad+."""
 
-    beta: float = 0.95  # weight of the loss on retained samples; that on forget samples has the rest
-    training: TrainConfig = field(default_factory=lambda: sgd(momentum=0.0, weight_decay=0.0))  # 10 epochs at 0.01
+    beta: float = 0.95  # weight of the loss on retained samples, that on forget samples has the rest; authors' notebook
+    # twice the authors' rate, at which the class stays in small networks; in steps, as ascent must not get longer with
+    # more samples: theirs are 10 epochs of a small set in batches of 32
+    training: TrainConfig = field(
+        default_factory=lambda: sgd(steps=320, lr=0.02, momentum=0.0, weight_decay=0.0, batch_size=32)
+    )
 
     def __post_init__(self) -> None:
         if not 0 < self.beta < 1:
             raise InputError(f"expected beta between 0 and 1, got {self.beta}")
+
+    @classmethod
+    def published(cls) -> NegGradPlusConfig:
+        """The authors' small_scale_unlearning.ipynb: plain SGD, 10 epochs at 0.01, batches of 32."""
+        return cls(training=sgd(epochs=10, lr=0.01, momentum=0.0, weight_decay=0.0, batch_size=32))
 
 
 def neg_grad_plus(
@@ -44,7 +53,7 @@ def neg_grad_plus(
     """Return a copy of `model`, in eval mode, that went down the loss on `split.retain` and up that on `split.forget`.
 
     The authors draw a batch of each kind for a step and go through the forget samples many times. Here a batch is of
-    both, in the shares that the samples have; the two means are weighed in the same way.
+    both, in the shares that the samples have; the two means are weighed in the same way. On digits it made no odds.
 
     Raises:
         InputError: the split is unusable, see `check_split`.
@@ -87,7 +96,7 @@ METHOD = Method(
     name="neg_grad_plus",
     run=neg_grad_plus,
     config=NegGradPlusConfig,
-    presets={"default": NegGradPlusConfig},
+    presets={"default": NegGradPlusConfig, "published": NegGradPlusConfig.published},
     reads=frozenset({"retain", "forget"}),
     source="Kurmanji et al., arXiv:2302.09880",
 )

@@ -1,6 +1,6 @@
 """Random labels: forget samples bear a random other label, shown together with retained samples. Reads both.
 
-Source: the baseline of Golatkar, Achille and Soatto, arXiv:1911.04933, section 6. It is also what Graves, Nagisetty and
+Source: the baseline of Golatkar, Achille and Soatto, arXiv:1911.04933. It is also what Graves, Nagisetty and
 Ganesh, Amnesiac Machine Learning, arXiv:2010.10981, call "Unlearning" of a class, and what later papers compare with
 under the name of amnesiac: the preset of that name has their rates. (Their other method, which takes back the weight
 updates of batches with sensitive samples, needs a log of the training and not only its model.)

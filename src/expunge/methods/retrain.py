@@ -28,6 +28,15 @@ class RetrainConfig:
         )
     )
 
+    @classmethod
+    def small(cls) -> RetrainConfig:
+        """For about a thousand samples: batches of 64, lest 12 epochs be 50 steps, and a higher rate."""
+        return cls(
+            training=TrainConfig(
+                epochs=12, lr=0.01, batch_size=64, optimizer="adamw", weight_decay=0.05, schedule="one_cycle"
+            )
+        )
+
 
 def retrain(
     model: nn.Module,
@@ -68,7 +77,7 @@ METHOD = Method(
     name="retrain",
     run=retrain,
     config=RetrainConfig,
-    presets={"default": RetrainConfig},
+    presets={"default": RetrainConfig, "small": RetrainConfig.small},
     reads=frozenset({"retain"}),
     source="the definition of exact unlearning: Cao and Yang, IEEE S&P 2015, doi:10.1109/SP.2015.35",
 )

@@ -1,8 +1,9 @@
 """SCRUB: epochs that leave the original on forget samples, in turn with epochs that stay near it. Reads both.
 
-Source: Kurmanji, Triantafillou, Hayes and Triantafillou, Towards Unbounded Machine Unlearning, arXiv:2302.09880.
-Its rewinding (SCRUB+R: back to the epoch whose forget error is that of held-out samples of the same classes) is for
-single samples and left out: the held-out error of a forgotten class is near 1, as that of the last epoch.
+Source: Kurmanji, Triantafillou, Hayes and Triantafillou, Towards Unbounded Machine Unlearning, arXiv:2302.09880,
+and https://github.com/meghdadk/SCRUB. Its rewinding (SCRUB+R: back to the epoch whose forget error is that of held-out
+samples of the same classes) is for single samples and left out: a forgotten class has a held-out error near 1, and the
+last epoch has it.
 """
 
 from __future__ import annotations
@@ -25,17 +26,16 @@ from expunge.training import Batch, Objective, logits_of, train
 
 @dataclass(frozen=True, kw_only=True)
 class ScrubConfig:
-    """Hyper-parameters of SCRUB."""
+    """Hyper-parameters of SCRUB: those of the authors' large_scale_unlearning.ipynb, for a class of CIFAR-10."""
 
-    rounds: int = 10  # of one epoch on forget samples, while those last, and one on retained samples
-    forget_rounds: int = 3  # the first, which have an epoch on forget samples
-    temperature: float = 2.0  # of both models' answers
-    distil_weight: float = 0.5  # alpha: of the divergence from the original on retained samples
-    label_weight: float = 1.0  # gamma: of the cross-entropy on retained samples
-    forget: TrainConfig = field(
-        default_factory=lambda: TrainConfig(epochs=1, lr=5e-4, batch_size=64, update_norm_statistics=False)
-    )
-    repair: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=1, lr=5e-4, batch_size=32))
+    rounds: int = 3  # of moving away on forget samples and coming back on retained ones
+    forget_rounds: int = 2  # the first, which do move away; the others only come back
+    temperature: float = 4.0  # of both models' answers
+    distil_weight: float = 0.001  # alpha: of the divergence from the original on retained samples
+    label_weight: float = 0.99  # gamma: of the cross-entropy on retained samples
+    # a round's steps: as many as the authors' 512 images a batch have in the 5,000 of a class of CIFAR-10
+    forget: TrainConfig = field(default_factory=lambda: sgd(steps=10, lr=5e-4, update_norm_statistics=False))
+    repair: TrainConfig = field(default_factory=lambda: sgd(epochs=1, lr=5e-4))
 
     def __post_init__(self) -> None:
         if not 1 <= self.forget_rounds <= self.rounds:
@@ -44,14 +44,9 @@ class ScrubConfig:
             raise InputError(f"expected a positive temperature, got {self.temperature}")
 
     @classmethod
-    def large(cls) -> ScrubConfig:
-        """The authors' large_scale_unlearning.ipynb, for forgetting a class of CIFAR-10."""
+    def published(cls) -> ScrubConfig:
+        """The same with the authors' batches, of a whole training set: an epoch a round on either kind of samples."""
         return cls(
-            rounds=3,
-            forget_rounds=2,
-            temperature=4.0,
-            distil_weight=0.001,
-            label_weight=0.99,
             forget=sgd(epochs=1, lr=5e-4, batch_size=512, update_norm_statistics=False),
             repair=sgd(epochs=1, lr=5e-4, batch_size=256),
         )
@@ -67,7 +62,8 @@ def scrub(
 ) -> nn.Module:
     """Return a copy of `model`, in eval mode, that disobeys it on `split.forget` and obeys it on `split.retain`.
 
-    Unlike the authors' code, each epoch starts with an optimizer of its own.
+    Unlike in the authors' code, the optimizer starts anew with each kind of samples, and normalization statistics do
+    not follow forget samples.
 
     Raises:
         InputError: the split is unusable, see `check_split`.
@@ -104,7 +100,7 @@ def scrub(
 
 
 def disobey(teacher: nn.Module, temperature: float) -> Objective:
-    """Return minus the mean divergence from `teacher`. Source: arXiv:2302.09880, equation 1, the max-step."""
+    """Return minus the mean divergence from `teacher`. Source: arXiv:2302.09880, the max-step."""
 
     def objective(logits: Tensor, batch: Batch) -> Tensor:
         with torch.no_grad():
@@ -115,7 +111,7 @@ def disobey(teacher: nn.Module, temperature: float) -> Objective:
 
 
 def obey(teacher: nn.Module, config: ScrubConfig) -> Objective:
-    """Return the weighed sum of divergence and cross-entropy. Source: arXiv:2302.09880, equation 3, the min-step."""
+    """Return the weighed sum of divergence and cross-entropy. Source: arXiv:2302.09880, the min-step."""
 
     def objective(logits: Tensor, batch: Batch) -> Tensor:
         with torch.no_grad():
@@ -130,7 +126,7 @@ METHOD = Method(
     name="scrub",
     run=scrub,
     config=ScrubConfig,
-    presets={"default": ScrubConfig, "large": ScrubConfig.large},
+    presets={"default": ScrubConfig, "published": ScrubConfig.published},
     reads=frozenset({"retain", "forget"}),
     source="Kurmanji et al., arXiv:2302.09880",
 )
