@@ -1,0 +1,452 @@
+"""Two methods that read no sample at all: gated knowledge transfer, and error-minimizing and -maximizing noise.
+
+Source: Chundawat, Tarun, Mandal and Kankanhalli, Zero-Shot Machine Unlearning, arXiv:2201.05629; for gated knowledge
+transfer also 1_class_mnist_allcnn.ipynb and unlearn.py of https://github.com/ayushkumartarun/zero-shot-unlearning.
+Code for the noise was not published by the authors.
+
+Nothing of a split's samples is used but the shape of one.
+
+Gated knowledge transfer trains a fresh student on images from a generator, which seeks what student and original
+disagree on; a gate drops images to which the original gives a forgotten class any probability. The student never sees
+the class, and never sees a real image either. The authors' notebook steps its rates by accuracy on *test* images and
+shows forget accuracy rising again from 0 to 76 % as training goes on, so that the best length is known from the test
+set; here rates are constant and the length is set beforehand. The notebook on MNIST: 0.85 to 0.95 of the rest while
+the class is gone. On the digits of the tests: nothing of the class; of the rest 0.52 to 0.73 after 40 rounds
+(`small`), 0.74 to 0.98 after 400 (three originals).
+
+The noise is that of UNSIR, learned for every class: images on which the model errs most about each class to forget,
+and least about each retained one. On both together the model is impaired, on the latter alone repaired. The paper's
+rates could not be had; those of UNSIR's notebook, by the same authors, are used. On digits: nothing of the class,
+0.82 to 0.97 of the rest (three originals).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import ConcatDataset
+
+from expunge.data import TensorImages
+from expunge.errors import DivergedError, InputError
+from expunge.journal import Journal, Meter
+from expunge.methods.checks import check_split, count_classes, first_image
+from expunge.methods.common import derived_seed, fresh_copy, gone
+from expunge.methods.registry import Method
+from expunge.schema import Split, TrainConfig
+from expunge.signals import descend
+from expunge.training import device_of, logits_of, seeded, train
+
+PATIENCE = 20
+"""Batches of the generator in a row without an image that passes the gate before it goes back to an earlier state; the
+notebook has 100."""
+
+SNAPSHOT_EVERY = 10
+"""Rounds between states of the generator that are kept; the notebook has 50."""
+
+NOISE_BATCH = 256
+"""Images learned at once: each is learned by itself, so this bounds memory and changes nothing else."""
+
+
+# Gated knowledge transfer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroShotGktConfig:
+    """Hyper-parameters of gated knowledge transfer, from the authors' notebook on MNIST."""
+
+    rounds: int = 750  # pseudo-batches: where the notebook's table is best; it runs up to 4,000
+    generator_steps: int = 1  # of each round, on the same random vectors
+    student_steps: int = 10
+    batch_size: int = 256  # images generated at once, before the gate
+    lr: float = 0.001  # Adam, of student and generator
+    threshold: float = 0.01  # an image passes if the original gives forgotten classes at most this probability
+    attention: float = 250.0  # weight of the attention maps' difference
+    attention_maps: int = 8  # convolutions whose maps are compared, at most, evenly spread; an All-CNN has 8 blocks
+    clip_norm: float = 5.0  # gradients of either are clipped to this norm
+    noise_size: int = 128  # length of the generator's random vectors
+    width: int = 128  # channels in the generator
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "generator_steps", "student_steps", "attention_maps", "noise_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"expected {name} of at least 1, got {getattr(self, name)}")
+        for name in ("batch_size", "width"):
+            if getattr(self, name) < 2:
+                raise InputError(f"expected {name} of at least 2, got {getattr(self, name)}")
+        for name in ("lr", "threshold", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"expected a positive {name}, got {getattr(self, name)}")
+        if not self.attention >= 0:
+            raise InputError(f"expected an attention weight of at least 0, got {self.attention}")
+
+    @classmethod
+    def small(cls) -> ZeroShotGktConfig:
+        """For images of 8 x 8 and someone in a hurry: a smaller generator, rounds enough to see that it works."""
+        return cls(rounds=40, batch_size=64, noise_size=64, width=32)
+
+
+def zero_shot_gkt(
+    model: nn.Module,
+    split: Split,
+    config: ZeroShotGktConfig | None = None,
+    *,
+    seed: int,
+    journal: Journal | None = None,
+) -> nn.Module:
+    """Return a new model of the shape of `model`, in eval mode, taught all but `split.forget_classes` by it.
+
+    Raises:
+        InputError: the split is unusable, see `check_split`.
+        DivergedError: a loss became NaN or infinite, or no generated image passed the gate.
+    """
+    config = config or ZeroShotGktConfig()
+    check_split(model, split, reads=GKT.reads)
+    shape = first_image(split).shape
+    student = fresh_copy(model, seed=derived_seed(seed, 0))
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise InputError("expected a model with parameters to train: all of them have requires_grad=False")
+    with seeded(derived_seed(seed, 1)):
+        generator = Generator(tuple(shape), noise_size=config.noise_size, width=config.width).to(device_of(model))
+        transfer = _Transfer(model, student, generator, gone(split), config)
+        with (journal or Journal()).phase("distil", steps=config.rounds * config.student_steps) as meter:
+            transfer.run(meter)
+    student.zero_grad()
+    return student.eval()
+
+
+class Generator(nn.Module):
+    """Images from random vectors: a linear layer to a small map, doubled until it has the image's size.
+
+    Like the authors', but for any size of image: theirs doubles 8 x 8 twice. Outputs are normalized per channel.
+    """
+
+    def __init__(self, shape: tuple[int, ...], *, noise_size: int, width: int) -> None:
+        super().__init__()
+        channels, height, width_pixels = shape
+        doublings = max(2, math.ceil(math.log2(max(height, width_pixels) / 8)))
+        sizes = [(math.ceil(height / 2**left), math.ceil(width_pixels / 2**left)) for left in range(doublings, -1, -1)]
+        self.start = (width, *sizes[0])
+        self.first = nn.Linear(noise_size, math.prod(self.start))
+        layers: list[nn.Module] = [nn.BatchNorm2d(width)]
+        inputs = width
+        for number, size in enumerate(sizes[1:]):
+            outputs = width if number + 1 < doublings else width // 2
+            layers += [nn.Upsample(size=size), nn.Conv2d(inputs, outputs, 3, padding=1)]
+            layers += [nn.BatchNorm2d(outputs), nn.LeakyReLU(0.2)]
+            inputs = outputs
+        layers += [nn.Conv2d(inputs, channels, 3, padding=1), nn.BatchNorm2d(channels)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, noise: Tensor) -> Tensor:
+        """Return images (N, channels, H, W) for random vectors (N, noise_size)."""
+        images: Tensor = self.layers(self.first(noise).view(-1, *self.start))
+        return images
+
+
+class _Transfer:
+    """A generator and a student that learn in turns; the original stays as it is."""
+
+    def __init__(
+        self,
+        original: nn.Module,
+        student: nn.Module,
+        generator: Generator,
+        closed: Sequence[int],
+        config: ZeroShotGktConfig,
+    ) -> None:
+        self.original = copy.deepcopy(original).eval().requires_grad_(False)
+        self.student, self.generator, self.closed, self.config = student, generator, closed, config
+        self.names = attention_layers(original, config.attention_maps) if config.attention else []
+        trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        self.student_optimizer = torch.optim.Adam(trained, config.lr)
+        self.generator_optimizer = torch.optim.Adam(generator.parameters(), config.lr)
+        self.snapshots = [copy.deepcopy(generator.state_dict())]
+        self.empty = 0  # batches in a row of which nothing passed
+
+    def run(self, meter: Meter) -> None:
+        self.student.train()
+        device = device_of(self.original)
+        for number in range(1, self.config.rounds + 1):
+            meter.start_epoch()
+            noise = torch.randn(self.config.batch_size, self.config.noise_size).to(device)
+            for _ in range(self.config.generator_steps):
+                self._teach_generator(noise)
+            for _ in range(self.config.student_steps):
+                self._teach_student(noise, meter)
+            if self.empty >= PATIENCE:
+                self._go_back()
+            elif self.empty == 0 and number % SNAPSHOT_EVERY == 0:
+                self.snapshots.append(copy.deepcopy(self.generator.state_dict()))
+        if meter.steps == 0:
+            raise DivergedError("no generated image passed the gate, so nothing was learned: raise the threshold")
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.student.parameters()):
+            raise DivergedError(f"the student's weights became NaN: lower the learning rate (now {self.config.lr:g})")
+
+    def _teach_generator(self, noise: Tensor) -> None:
+        """Step towards images on which student and original disagree more."""
+        images = self.generator(noise)
+        answers = logits_of(self.original(images))
+        passed = self._gate(answers)
+        if passed is None:
+            return
+        loss = -disagreement(logits_of(self.student(images[passed])), answers[passed])
+        self._step(loss, self.generator_optimizer, list(self.generator.parameters()))
+
+    def _teach_student(self, noise: Tensor, meter: Meter) -> None:
+        """Step towards the original's answers and attention on generated images."""
+        with torch.no_grad():
+            images = self.generator(noise)
+            with recorded(self.original, self.names) as theirs:
+                answers = logits_of(self.original(images))
+            passed = self._gate(answers)
+        if passed is None:
+            return
+        with recorded(self.student, self.names) as own:
+            logits = logits_of(self.student(images[passed]))
+        pairs = zip(own, (maps[passed] for maps in theirs), strict=True)
+        loss = transfer_loss(logits, answers[passed], list(pairs), self.config.attention)
+        self._step(loss, self.student_optimizer, [p for p in self.student.parameters() if p.requires_grad])
+        meter.step(loss=loss.item(), samples=int(passed.sum()))
+
+    def _gate(self, answers: Tensor) -> Tensor | None:
+        """Return which images pass, (N,) bool; None where fewer than two do, which BatchNorm cannot train on."""
+        if not bool(torch.isfinite(answers).all()):
+            raise DivergedError(
+                "the original's answers on generated images became NaN or infinite; nothing was kept: lower the "
+                f"learning rate (now {self.config.lr:g})"
+            )
+        passed = passes(answers.detach(), self.closed, self.config.threshold)
+        if int(passed.sum()) < 2:
+            self.empty += 1
+            return None
+        self.empty = 0
+        return passed
+
+    def _step(self, loss: Tensor, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+        if not math.isfinite(loss.item()):
+            raise DivergedError(
+                f"the loss became {loss.item()}; nothing was kept: lower the learning rate (now {self.config.lr:g})"
+            )
+        self.student_optimizer.zero_grad()
+        self.generator_optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
+        optimizer.step()
+
+    def _go_back(self) -> None:
+        """Put the generator back to its last kept state, and forget that one: it led to where nothing passes."""
+        state = self.snapshots.pop() if len(self.snapshots) > 1 else self.snapshots[0]
+        self.generator.load_state_dict(state)
+        self.generator_optimizer = torch.optim.Adam(self.generator.parameters(), self.config.lr)
+        self.empty = 0
+
+
+def passes(answers: Tensor, closed: Sequence[int], threshold: float) -> Tensor:
+    """Return (N,) bool: whether logits (N, C) give the classes `closed` together at most `threshold` probability."""
+    return answers.softmax(1)[:, list(closed)].sum(1) <= threshold
+
+
+def transfer_loss(logits: Tensor, answers: Tensor, maps: Sequence[tuple[Tensor, Tensor]], weight: float) -> Tensor:
+    """Return the student's loss: `disagreement`, plus `weight` times the mean square gap of each layer's attention.
+
+    Args:
+        logits: (N, C) of the student. answers: (N, C) of the original.
+        maps: of each compared layer the student's and the original's, (N, channels, H, W).
+    """
+    loss = disagreement(logits, answers)
+    for own, theirs in maps:
+        loss = loss + weight * (attention(own) - attention(theirs)).square().mean()
+    return loss
+
+
+def disagreement(logits: Tensor, answers: Tensor) -> Tensor:
+    """Return the mean over images of KL(original || student) in nats, divided by the number of classes, at least 0.
+
+    The notebook divides so, and its weight of attention goes with that. Gradients flow into both, also where the
+    original gives a class no probability.
+
+    Args:
+        logits: (N, C) of the student. answers: (N, C) of the original.
+    """
+    return F.kl_div(logits.log_softmax(1), answers.log_softmax(1), reduction="none", log_target=True).mean()
+
+
+def attention(maps: Tensor) -> Tensor:
+    """Return (N, H * W), of length 1: where feature maps (N, channels, H, W) are active, by their mean square.
+
+    Source: Zagoruyko and Komodakis, arXiv:1612.03928.
+    """
+    return F.normalize(maps.square().mean(1).flatten(1))
+
+
+def attention_layers(model: nn.Module, most: int) -> list[str]:
+    """Return the names of at most `most` convolutions, evenly spread, the last among them; none of a model without."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    count = min(most, len(names))
+    return [names[(number + 1) * len(names) // count - 1] for number in range(count)]
+
+
+@contextmanager
+def recorded(model: nn.Module, names: Sequence[str]) -> Iterator[list[Tensor]]:
+    """Yield a list that what the layers `names` give is put in, in the order they run."""
+    outputs: list[Tensor] = []
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda _, __, output: outputs.append(output)) for name in names
+    ]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# Error-minimizing and -maximizing noise
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErrorMinMaxConfig:
+    """Hyper-parameters of error-minimizing and -maximizing noise; see the module for where they come from."""
+
+    noise_per_class: int = 128  # images learned for each class; with 32 or 64 digits forgot as much and kept less
+    noise_images: int = 5120  # of all classes together, at most (but one a class)
+    noise_steps: int = 40  # Adam steps; UNSIR's notebook
+    noise_lr: float = 0.1  # UNSIR's notebook
+    forget_penalty: float = 3.0  # weight of the mean squared pixel in error-maximizing noise; as in UnsirConfig
+    retain_penalty: float = 0.3  # and in error-minimizing noise; 0 to 1 were tried on digits, 0.1 to 0.3 did best
+    repeats: int = 5  # times each image is shown in a pass
+    impair: TrainConfig = field(default_factory=lambda: TrainConfig(lr=0.02))  # UNSIR's notebook, one epoch of Adam
+    repair: TrainConfig = field(default_factory=lambda: TrainConfig(lr=0.01))  # the same
+    # both update normalization statistics: weights and statistics both become those of noise, and the model goes with
+    # statistics of real images no more (on digits, retained accuracy 0.5 with those, 0.95 without)
+
+    def __post_init__(self) -> None:
+        for name in ("noise_per_class", "noise_images", "noise_steps", "repeats"):
+            if getattr(self, name) < 1:
+                raise InputError(f"expected {name} of at least 1, got {getattr(self, name)}")
+        for name in ("forget_penalty", "retain_penalty"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"expected {name} of at least 0, got {getattr(self, name)}")
+        if not self.noise_lr > 0:
+            raise InputError(f"expected a positive noise_lr, got {self.noise_lr}")
+
+    @classmethod
+    def small(cls) -> ErrorMinMaxConfig:
+        """For a small network and someone in a hurry: half the noise, at half the rates."""
+        return cls(
+            noise_per_class=64,
+            impair=TrainConfig(lr=0.01, batch_size=128),
+            repair=TrainConfig(lr=0.005, batch_size=128),
+        )
+
+
+def error_min_max(
+    model: nn.Module,
+    split: Split,
+    config: ErrorMinMaxConfig | None = None,
+    *,
+    seed: int,
+    journal: Journal | None = None,
+) -> nn.Module:
+    """Return a copy of `model`, in eval mode, impaired and repaired on learned noise.
+
+    Raises:
+        InputError: the split is unusable, see `check_split`.
+        DivergedError: a loss became NaN or infinite.
+    """
+    config = config or ErrorMinMaxConfig()
+    check_split(model, split, reads=NOISE.reads)
+    forget, retain = learn_noises(model, split, config, seed=seed, journal=journal)
+    unlearned = copy.deepcopy(model)
+    for phase, shown, training in (
+        ("impair", [forget, retain], config.impair),
+        ("repair", [retain], config.repair),
+    ):
+        train(
+            unlearned,
+            TensorImages(retain.images[:0], retain.labels[:0]),  # no real sample
+            training,
+            seed=seed,
+            synthetic=ConcatDataset(shown * config.repeats),
+            journal=journal,
+            phase=phase,
+        )
+    return unlearned
+
+
+def learn_noises(
+    model: nn.Module, split: Split, config: ErrorMinMaxConfig, *, seed: int, journal: Journal | None = None
+) -> tuple[TensorImages, TensorImages]:
+    """Return error-maximizing noise of each class to forget and error-minimizing noise of each retained class.
+
+    Images are model input, float, on the CPU, each with the class it was learned for. The model does not change.
+
+    Raises:
+        DivergedError: an objective became NaN or infinite.
+    """
+    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    closed, num_classes, shape = gone(split), count_classes(model, split), first_image(split).shape
+    kept = [label for label in range(num_classes) if label not in closed]
+    count = max(1, min(config.noise_per_class, config.noise_images // (len(kept) + len(split.forget_classes))))
+    generator = torch.Generator().manual_seed(seed)
+    wanted = (
+        (split.forget_classes, noise_objective(-1.0, config.forget_penalty)),
+        (kept, noise_objective(1.0, config.retain_penalty)),
+    )
+    learned: list[TensorImages] = []
+    with (journal or Journal()).phase("noise", steps=None) as meter, seeded(seed):
+        for classes, objective in wanted:
+            labels = torch.tensor(classes).repeat_interleave(count)
+            start = torch.randn((len(labels), *shape), generator=generator)
+            images = [
+                descend(
+                    frozen, images, wanted_labels, objective, lr=config.noise_lr, steps=config.noise_steps, meter=meter
+                )
+                for images, wanted_labels in zip(
+                    torch.split(start, NOISE_BATCH), torch.split(labels, NOISE_BATCH), strict=True
+                )
+            ]
+            learned.append(TensorImages(torch.cat(images), labels))
+    return learned[0], learned[1]
+
+
+def noise_objective(sign: float, penalty: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Return the loss of noise: `sign` times cross-entropy plus `penalty` times the mean squared pixel.
+
+    Source: arXiv:2201.05629; the error-maximizing one is arXiv:2111.08947, equation 1.
+
+    Args:
+        sign: 1: the model shall err least about the noise's class; -1: most.
+    """
+
+    def objective(logits: Tensor, labels: Tensor, images: Tensor) -> Tensor:
+        return sign * F.cross_entropy(logits, labels) + penalty * images.square().mean()
+
+    return objective
+
+
+GKT = Method(
+    name="zero_shot_gkt",
+    run=zero_shot_gkt,
+    config=ZeroShotGktConfig,
+    presets={"default": ZeroShotGktConfig, "small": ZeroShotGktConfig.small},
+    reads=frozenset({"nothing"}),
+    source="Chundawat et al., arXiv:2201.05629",
+)
+
+NOISE = Method(
+    name="error_min_max",
+    run=error_min_max,
+    config=ErrorMinMaxConfig,
+    presets={"default": ErrorMinMaxConfig, "small": ErrorMinMaxConfig.small},
+    reads=frozenset({"nothing"}),
+    source="Chundawat et al., arXiv:2201.05629",
+)
+
+METHODS = (GKT, NOISE)
