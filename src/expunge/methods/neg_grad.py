@@ -3,7 +3,7 @@
 Source: the baseline of Golatkar, Achille and Soatto, arXiv:1911.04933; "GA" of Jia et al., arXiv:2304.04934.
 
 The loss has no upper bound, and what it does hangs on the rate: of the digits network of the tests, 90 steps at 0.00022
-leave half of the class, at 0.00026 none of it and three quarters of the rest, at 0.0004 next to nothing.
+leave more than half of the class, at 0.00026 almost none of it and three quarters of the rest, at 0.0004 one quarter.
 """
 
 from __future__ import annotations
