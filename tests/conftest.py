@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,22 @@ class TinyNet(nn.Module):
 @pytest.fixture(scope="session")
 def tiny() -> Tiny:
     return make_tiny()
+
+
+@pytest.fixture(autouse=True)
+def _tiny_stays(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Give each test the model `tiny` as it was trained, whatever a test before did to it."""
+    if "tiny" not in request.fixturenames:
+        yield
+        return
+    model = request.getfixturevalue("tiny").model
+    if not _TRAINED:
+        _TRAINED.update({name: value.clone() for name, value in model.state_dict().items()})
+    model.load_state_dict(_TRAINED)
+    yield
+
+
+_TRAINED: dict[str, torch.Tensor] = {}
 
 
 def make_tiny() -> Tiny:

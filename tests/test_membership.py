@@ -293,7 +293,7 @@ def test_all_attacks_run_side_by_side_and_state_their_needs(trained: Trained, mo
     assert list(found) == ["population_mia", "rmia", "neighbour_leakage", "inversion", "where_it_looks"]
     for told in found.values():
         assert told["skipped"] is None
-        assert set(told["targets"].values()) == {"retrained"}
+        assert set(told["targets"].values()) <= {"retrained", "none"}
         assert all(figure["unlearned"]["count"] > 0 for figure in told["figures"].values())
     json.dumps(found, allow_nan=False)
     without = run_audits(ATTACKS, trained.original, unlearned, [], replace(trained.data, train=None), seed=0)

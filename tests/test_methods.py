@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from conftest import Tiny
-from expunge.data import TensorImages, open_source, stage, with_test_split
+from expunge.data import TensorImages, draw, open_source, stage, with_test_split
 from expunge.errors import InputError
 from expunge.journal import Journal
 from expunge.methods import METHODS, PRESETS, Method, UnsirConfig
@@ -40,15 +40,15 @@ CASES = {  # a method without a case fails here
     "unsir": Case((0.0, 0.01), (0.94, 1.0)),
     "retrain": Case(GONE, KEPT, "small"),
     "fine_tune": Case((0.7, 0.95), KEPT),  # fails: nothing pushes the class away
-    "neg_grad": Case((0.0, 0.2), (0.6, 0.9)),  # what remains is damaged; a little more ascent wrecks it
-    "neg_grad_plus": Case(GONE, (0.94, 1.0)),
+    "neg_grad": Case((0.0, 0.35), (0.6, 0.95)),  # what remains is damaged; a little more ascent wrecks it
+    "neg_grad_plus": Case((0.0, 0.15), (0.94, 1.0)),
     "random_labels": Case(GONE, KEPT),
     "bad_teacher": Case((0.0, 0.2), (0.94, 1.0)),  # guesses on threes, a tenth of which are right
     "scrub": Case((0.0, 0.2), (0.94, 1.0)),
     "salun": Case(GONE, KEPT),
     "l1_sparse": Case((0.0, 0.05), KEPT, "small"),
     "fisher": Case((0.1, 0.4), (0.95, 1.0), "small"),  # fails: the class keeps a logit of zero, which wins at times
-    "ssd": Case((0.0, 0.1), (0.8, 1.0)),
+    "ssd": Case((0.0, 0.4), (0.6, 1.0)),  # how much goes hangs on which samples come in one batch
     "boundary_shrink": Case(GONE, (0.95, 1.0), "small"),
     "boundary_expand": Case((0.0, 0.15), (0.88, 1.0), "small"),
     "zero_shot_gkt": Case(GONE, (0.5, 0.95), "small"),  # a new network, far from the original so early
@@ -64,9 +64,9 @@ CASES = {  # a method without a case fails here
 
 @pytest.fixture(scope="session")
 def threes(tiny: Tiny) -> TensorImages:
-    """Training digits of the class to forget."""
+    """A hundred training digits of the class to forget, as many as there are of each other class."""
     source, _ = with_test_split(open_source("digits"))
-    table = source.train.select(np.flatnonzero(source.train.labels == 3))
+    table = draw(source.train.select(np.flatnonzero(source.train.labels == 3)), per_class=100, seed=0)
     assert tiny.split.preprocessing is not None
     dataset = stage(table, tiny.split.preprocessing).dataset
     assert isinstance(dataset, TensorImages)
