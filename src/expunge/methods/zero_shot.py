@@ -7,14 +7,14 @@ Code for the noise was not published by the authors.
 Nothing of a split's samples is used but the shape of one.
 
 Gated knowledge transfer trains a fresh student on images from a generator, which seeks what student and original
-disagree on; a gate drops images to which the original gives a forgotten class any probability. The student never sees
-the class, and never sees a real image either. The authors' notebook steps its rates by accuracy on *test* images and
-shows forget accuracy rising again from 0 to 76 % as training goes on, so that the best length is known from the test
-set; here rates are constant and the length is set beforehand. The notebook on MNIST: 0.85 to 0.95 of the rest while
-the class is gone. Its divergence has a gradient of NaN where the original gives a class no probability at all, which
-ends the generator ("Generator Stopped Producing datapoints"); here it is taken from log-probabilities. On the digits
-of the tests: nothing of the class; of the rest 0.44 to 0.66 after 40 rounds (`small`), 0.86 to 0.97 after 400 (three
-originals).
+disagree on; a gate drops images to which the original gives the forgotten classes more than a little probability. The
+student never sees the class, and never sees a real image either. The authors' notebook steps its rates by the loss on
+*test* images and shows forget accuracy rising again from 0 to 76 % as training goes on, so that the best length is
+known from the test set; here rates are constant and the length is set beforehand. The notebook on MNIST: 0.85 to 0.95
+of the rest while the class is gone. Its divergence has a gradient of NaN where the original gives a class no
+probability at all, which can end the generator ("Generator Stopped Producing datapoints"); here it is taken from
+log-probabilities. On the digits of the tests: nothing of the class; of the rest 0.44 to 0.66 after 40 rounds
+(`small`), 0.86 to 0.97 after 400 (three originals).
 
 The noise is that of UNSIR, learned for every class: images on which the model errs most about each class to forget,
 and least about each retained one. On both together the model is impaired, on the latter alone repaired. The paper's
