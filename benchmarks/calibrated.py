@@ -48,7 +48,7 @@ class Case:
     data: str
     model: str
     sets: tuple[tuple[int, ...], ...]
-    references: tuple[tuple[int, ...], ...] = ()  # sets that a reference is retrained for
+    references: tuple[tuple[int, ...], ...] = ()  # what is gone in the end, where a reference is retrained for it
     epochs: int = 12
     batch_size: int = 256
     train_per_class: int | None = None  # images of each class the original and the references are trained on
@@ -71,12 +71,12 @@ CASES = {
     "resnet18-100": replace(RESNET, sets=((0, 2),), references=((0, 2),), retain_per_class=100),
     "resnet18-20": replace(RESNET, sets=((0, 2),), references=((0, 2),), retain_per_class=20),
     "resnet18-imbalanced": replace(RESNET, sets=((3,),), references=((3,),), rare=(1, 5, 7, 9)),
-    "resnet18-sequence": replace(RESNET, sets=((0,), (2,), (5,), (7,)), sequence=True),
+    "resnet18-sequence": replace(RESNET, sets=((0,), (2,), (5,), (7,)), references=((0, 2, 5, 7),), sequence=True),
     "vit-small": replace(SMALL, model=VIT, sets=((0,), (0, 2)), references=((0, 2),)),
     "mobilenet-small": replace(SMALL, model="torchvision:mobilenet_v2", sets=((0,), (0, 2)), references=((0, 2),)),
-    "allcnn-small": replace(SMALL, model="allcnn", sets=((0,), (0, 2)), references=((0, 2),)),
+    "allcnn-small": replace(SMALL, model="allcnn", sets=((0,), (0, 2)), references=((0, 2),), train_per_class=500),
     "cifar100-small": Case(
-        "cifar100", "torchvision:resnet18", ((0,), tuple(range(20)), tuple(range(40))), (tuple(range(20)),),
+        "cifar100", "torchvision:resnet18", ((0,), tuple(range(20)), tuple(range(40))), ((0,), tuple(range(20)), tuple(range(40))),
         train_per_class=200, retain_per_class=100,
     ),
     "yaleb": Case(
@@ -127,7 +127,8 @@ def run(name: str, case: Case, preset: str, seed: int, options: argparse.Namespa
         if path.exists() and not case.sequence:
             cells.append(json.loads(path.read_text(encoding="utf-8")))
             continue
-        reference = trained(case, data, forget, options) if forget in case.references else None
+        gone = (*before, *forget)
+        reference = trained(case, data, gone, options) if gone in case.references else None
         cell, unlearned = erase(case, original, model, reference, forget, before, preset, seed)
         write_atomically({path: json_writer(cell | {"label": label, "training_seed": options.training_seed})})
         cells.append(cell | {"label": label})
