@@ -59,6 +59,7 @@ class Case:
 
 
 TEN = tuple((label,) for label in range(10))
+HUNDRED = ((0,), tuple(range(20)), tuple(range(40)))
 RESNET = Case("cifar10", "torchvision:resnet18", ())
 SMALL = replace(RESNET, train_per_class=1000, retain_per_class=200, epochs=20, batch_size=128)
 CASES = {
@@ -76,7 +77,7 @@ CASES = {
     "mobilenet-small": replace(SMALL, model="torchvision:mobilenet_v2", sets=((0,), (0, 2)), references=((0, 2),)),
     "allcnn-small": replace(SMALL, model="allcnn", sets=((0,), (0, 2)), references=((0, 2),), train_per_class=500),
     "cifar100-small": Case(
-        "cifar100", "torchvision:resnet18", ((0,), tuple(range(20)), tuple(range(40))), ((0,), tuple(range(20)), tuple(range(40))),
+        "cifar100", "torchvision:resnet18", HUNDRED, HUNDRED,
         train_per_class=200, retain_per_class=100,
     ),
     "yaleb": Case(

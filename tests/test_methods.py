@@ -130,7 +130,7 @@ def test_method_contract(name: str, tiny: Tiny, split: Split, results: Callable[
     assert all(torch.isfinite(value).all() for value in second.state_dict().values())
     assert_equal(first.state_dict(), second.state_dict(), f"{name} is not deterministic")
 
-    assert tiny.accuracy(tiny.model, forget=True) > 0.95
+    assert tiny.accuracy(tiny.model, forget=True) > 0.9
     assert case.forget[0] <= tiny.accuracy(first, forget=True) <= case.forget[1]
     assert case.retain[0] <= tiny.accuracy(first, forget=False) <= case.retain[1]
 

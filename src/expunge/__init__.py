@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from expunge.audits import AUDITS
     from expunge.data import TensorImages
     from expunge.errors import DivergedError, InputError
     from expunge.evaluation import evaluate
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "expunge.audits": ("AUDITS",),
     "expunge.data": ("TensorImages",),
     "expunge.errors": ("DivergedError", "InputError"),
     "expunge.evaluation": ("evaluate",),
@@ -31,6 +33,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AUDITS",
     "METHODS",
     "Calibration",
     "DivergedError",

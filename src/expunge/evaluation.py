@@ -71,7 +71,7 @@ def evaluate(
         unlearned_preprocessing: the unlearned model's own, where it differs from `split.preprocessing` in mean and std.
         retrained_preprocessing: the retrained model's.
         more_retrained: further such models, of other training seeds: how far the first two are apart is the noise.
-        audits: attacks to run (`expunge.AUDITS`); with any of them come the self-checks and the verdict.
+        audits: attacks to run, of `expunge.AUDITS.values()`; with any of them come the self-checks and the verdict.
         retrained_metadata: what the files of the retrained models say of themselves, for the self-checks.
         method: recorded, as are `config` and `seed` (of all randomness of the audits).
         phases: of the method's run, for its cost.

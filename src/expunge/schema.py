@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-from torch import Tensor
-from torch.utils.data import Dataset
+from typing import TYPE_CHECKING, Any, Literal
 
 from expunge.errors import InputError
+
+if TYPE_CHECKING:  # a record is read without torch
+    from torch import Tensor
+    from torch.utils.data import Dataset
 
 SCHEMA_VERSION = 1
 """Version of `record.json`; raised when a key is renamed, moved or changes meaning."""

@@ -26,8 +26,7 @@ from expunge.audits.inside import last_layer
 from expunge.errors import InputError
 from expunge.journal import Journal
 from expunge.methods.checks import check_split, count_classes, first_image
-from expunge.methods.common import forget_samples, gone
-from expunge.methods.delete import evaluating_norms
+from expunge.methods.common import evaluating_norms, forget_samples, gone
 from expunge.methods.registry import Method
 from expunge.schema import Preprocessing, Split, TrainConfig
 from expunge.training import Batch, Objective, device_of, logits_of, seeded, train

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
@@ -16,7 +17,7 @@ from expunge.data import count_labels, normalize
 from expunge.errors import InputError
 from expunge.models import reinitialized
 from expunge.schema import Preprocessing, Sample, Split, TrainConfig
-from expunge.training import PREDICT_BATCH, Batch, as_tensor
+from expunge.training import PREDICT_BATCH, Batch, as_tensor, has_running_statistics
 
 BATCH = 64
 """Images a batch where the authors take 256 of a whole training set: of the fifth or so that a retain sample is, an
@@ -152,6 +153,25 @@ def divergence(answers: Tensor, logits: Tensor, temperature: float = 1.0) -> Ten
     """
     taught = (answers / temperature).softmax(1)
     return F.kl_div((logits / temperature).log_softmax(1), taught, reduction="none").sum(1) * temperature**2
+
+
+@contextmanager
+def evaluating_norms(model: nn.Module) -> Iterator[None]:
+    """Have normalization layers use and keep their running statistics while the rest of `model` trains.
+
+    A batch of forget samples alone has statistics that no batch in use has.
+    """
+
+    def evaluate(layer: nn.Module, _: object) -> None:  # before each use: training puts the whole model into train mode
+        layer.eval()
+
+    layers = [module for module in model.modules() if has_running_statistics(module)]
+    handles = [layer.register_forward_pre_hook(evaluate) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()

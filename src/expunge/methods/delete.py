@@ -12,8 +12,8 @@ accuracy of 0.97, where drifting statistics leave 0.92 and kept ones, with the l
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from expunge.journal import Journal
 from expunge.methods.checks import check_split
-from expunge.methods.common import forget_samples, gone
+from expunge.methods.common import evaluating_norms, forget_samples, gone
 from expunge.methods.registry import Method
 from expunge.schema import Split, TrainConfig
 from expunge.signals import retained_answers
-from expunge.training import Batch, Objective, has_running_statistics, logits_of, train
+from expunge.training import Batch, Objective, logits_of, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,25 +93,6 @@ def masked_distillation(original: nn.Module, gone: Sequence[int]) -> Objective:
         return F.kl_div(logits.log_softmax(1), taught, reduction="batchmean")
 
     return objective
-
-
-@contextmanager
-def evaluating_norms(model: nn.Module) -> Iterator[None]:
-    """Have normalization layers use and keep their running statistics while the rest of `model` trains.
-
-    A batch of forget samples alone has statistics that no batch in use has.
-    """
-
-    def evaluate(layer: nn.Module, _: object) -> None:  # before each use: training puts the whole model into train mode
-        layer.eval()
-
-    layers = [module for module in model.modules() if has_running_statistics(module)]
-    handles = [layer.register_forward_pre_hook(evaluate) for layer in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 METHOD = Method(
