@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 from torch.utils.data import ConcatDataset, Subset
 
@@ -22,6 +23,7 @@ from expunge.audits.runner import as_figure
 from expunge.config import as_json, override
 from expunge.data import (
     ImageTable,
+    TensorImages,
     count_labels,
     draw,
     labels_of,
@@ -48,6 +50,7 @@ from expunge.provenance import (
     new_salt,
     parent_of,
     seal,
+    signed_names,
     tensors_digest,
     weights_digests,
 )
@@ -223,6 +226,7 @@ def forget_command(
     for name in ("record.json", "report.html", SAMPLE):
         check_writable(out / name)
     signer = keep.signer()
+    before = weights_digests(weights)
     done = erase(
         data, model, weights, classes,
         retain=retain, method=method, preset=preset, settings=settings, retrained=retrained, seed=seed, device=device,
@@ -258,7 +262,6 @@ def forget_command(
         made_by=f"expunge {__version__} forget",
         training=None,  # its accuracy was the original's
     )
-    before = weights_digests(weights)
     parent = parent_of(weights, before["tensors"], workspace.metadata.forgotten)
     if parent is not None and parent["content_hash"] is None:
         notes.append("the weights say that classes were forgotten before, and the record of that is not beside them")
@@ -414,8 +417,48 @@ def _keep(record: Record, out: Path, files: Mapping[str, bytes], keep: RecordOpt
             entry.append(ledger_entry(content, out))
     paths = [*writers]
     if keep.key is not None:
-        paths.append(sign_folder(out, ["record.json", *files], keep.key, keep.password))
+        paths.append(sign_folder(out, signed_names(content), keep.key, keep.password))
     return Outcome(replace(record, provenance=content["provenance"]), record.notes, tuple(paths))
+
+
+def measure_again(
+    data: DataOptions,
+    model: str | None,
+    weights: Path,
+    unlearned: Path,
+    classes: Sequence[str],
+    *,
+    retrained: Path | None,
+    seed: int,
+    device: str | None,
+    journal: Journal,
+) -> Record:
+    """Measure weights that were unlearned as `forget_command` measured them, and write nothing.
+
+    Raises:
+        InputError: something cannot be used.
+    """
+    workspace = open_workspace(data, model, weights, leave_out=classes, seed=seed, device=device)
+    after = _sibling(workspace, unlearned)
+    reference = _retrained(workspace, retrained) if retrained is not None else None
+    test = stage(workspace.test, workspace.preprocessing, skip_bad=data.skip_bad, shuffle=False).dataset
+    split = Split(
+        forget_classes=workspace.left_out,
+        retain=TensorImages(torch.empty(0), torch.empty(0, dtype=torch.int64)),  # none is read to measure
+        test=test,
+        class_names=workspace.class_names,
+        preprocessing=workspace.preprocessing,
+        forgotten_before=tuple(label for label in workspace.gone_before if label not in workspace.left_out),
+    )
+    return evaluate(
+        workspace.model,
+        after.model,
+        split,
+        reference.model if reference else None,
+        retrained_preprocessing=reference.preprocessing if reference else None,
+        seed=seed,
+        journal=journal,
+    )
 
 
 @contextmanager

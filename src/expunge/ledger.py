@@ -40,7 +40,11 @@ class Entry:
 
     @property
     def content(self) -> dict[str, Any]:
-        found = json.loads(self.text)
+        """What the text says; nothing where it is no JSON object."""
+        try:
+            found = json.loads(self.text)
+        except ValueError:
+            return {}
         return found if isinstance(found, dict) else {}
 
 
@@ -70,7 +74,7 @@ class Transaction:
 
 @contextmanager
 def writing(path: Path) -> Iterator[Transaction]:
-    """Hold the ledger at `path` for one entry, and create it where there is none; what fails within leaves it as it was.
+    """Hold the ledger at `path` for one entry, made where there is none; what fails within leaves it as it was.
 
     Raises:
         InputError: it is no ledger, or another process holds it for more than ten minutes.
@@ -96,9 +100,7 @@ def writing(path: Path) -> Iterator[Transaction]:
         try:
             connection.execute("COMMIT")
         except sqlite3.Error as error:
-            raise InputError(
-                f"the record was written, but not its entry in the ledger {path}: {_why(error)}"
-            ) from error
+            raise InputError(f"wrote the record, but not its entry in the ledger {path}: {_why(error)}") from error
         done = True
     finally:
         if not done and connection.in_transaction:
@@ -153,19 +155,12 @@ def broken_links(entries: list[Entry]) -> list[str]:
     previous, expected = "", 0
     for entry in entries:
         if entry.number != expected:
-            gone = (
-                f"entry {expected} is"
-                if entry.number == expected + 1
-                else f"entries {expected} to {entry.number - 1} are"
-            )
-            found.append(f"{gone} missing")
-        try:
-            stated = entry.content.get("previous"), entry.content.get("number")
-        except ValueError:
-            stated = None, None
-        if _hash(entry.text) != entry.hash or stated[1] != entry.number:
+            last = entry.number - 1
+            found.append(f"entry {expected} is missing" if last == expected else f"{expected} to {last} are missing")
+        content = entry.content
+        if _hash(entry.text) != entry.hash or content.get("number") != entry.number:
             found.append(f"entry {entry.number} was edited: its hash is not that of its text")
-        elif stated[0] != previous and entry.number == expected:
+        elif content.get("previous") != previous and entry.number == expected:
             found.append(f"entry {entry.number} does not follow the one before it: that one was replaced")
         previous, expected = entry.hash, entry.number + 1
     if not entries:

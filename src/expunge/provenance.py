@@ -207,7 +207,7 @@ def parent_of(weights: Path, tensors: str, forgotten: Sequence[str]) -> dict[str
 
 
 def configuration_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what was asked for, without where it lay: method, settings, classes, seed, model, sample, preprocessing."""
+    """Return what was asked for, but not where it lay: method, settings, classes, seed, model, sample, images."""
     data = record["data"]
     kept = ("retain_per_class", "retain_share", "retain_samples", "preprocessing", "options")
     return {
@@ -239,3 +239,11 @@ def part_digests(record: Mapping[str, Any]) -> dict[str, str]:
 def content_hash(record: Mapping[str, Any]) -> str:
     """Return what `content_hash` of a record should be."""
     return digest({name: part for name, part in record.items() if name != "content_hash"})
+
+
+def signed_names(record: Mapping[str, Any]) -> list[str]:
+    """Return the names of the files beside a record that its signature covers: the record and the weights.
+
+    The retain hashes are left to the record, which holds their hash, so that they can be withheld.
+    """
+    return [RECORD, *sorted(name for name in record["provenance"]["files"] if name != SAMPLE)]

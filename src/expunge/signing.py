@@ -1,7 +1,7 @@
 """Sign a record and the files it vouches for, in the OpenSSF model-signing format, with a local key and no network.
 
 The signature, `model.sig`, is a Sigstore bundle around an in-toto statement with the SHA-256 of each signed file; any
-tool that knows the format checks it too: `model_signing verify key DIR --ignore-unsigned-files ...`. Needs the extra
+tool that knows the format checks it too: `model_signing verify key DIR --ignore_unsigned_files ...`. Needs the extra
 `expunge[sign]`.
 """
 
@@ -48,7 +48,7 @@ def key_id(key: Path, password: str | None = None) -> str:
             public = form.load_pem_public_key(content)
     except TypeError as error:  # a password is needed, or was given for nothing
         raise InputError(f"cannot open the key {key}: {first_line(error)}") from error
-    except Exception as error:  # of a dozen kinds: what matters is that it is no key
+    except Exception as error:  # of a dozen kinds: it is no key
         raise InputError(f"{key} is no key in PEM form that can be opened ({first_line(error)})") from error
     if not isinstance(public, ec.EllipticCurvePublicKey) or public.curve.name not in CURVES:
         raise InputError(f"expected a key on the curve P-256, P-384 or P-521 in {key}: see docs/record.md")
@@ -116,7 +116,7 @@ def signature_problems(folder: Path, names: Sequence[str], key: Path) -> list[st
         with contextlib.redirect_stdout(io.StringIO()):  # of the library's warning about old bundles
             config.verify(folder.resolve(), path)
         listed = dict(_signed(path))
-    except Exception as error:  # the library and those under it raise a dozen kinds for a damaged bundle
+    except Exception as error:  # noqa: BLE001 (the library and those under it raise a dozen kinds)
         changed = _changed(folder, path) if "Signature mismatch" in str(error) else []
         return changed or [f"{SIGNATURE} is not what the key signed ({type(error).__name__})"]
     return [f"{name} is not among the signed files" for name in names if name not in listed]
