@@ -14,13 +14,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from expunge import provenance, verify
-from expunge.commands import RetainOptions, audit_command, forget_command
+from expunge import data, provenance, verify
+from expunge.commands import RecordOptions, RetainOptions, audit_command, erase, forget_command
+from expunge.data import StreamedImages, draw, open_source, stage
 from expunge.errors import InputError
+from expunge.evaluation import environment
 from expunge.files import json_text
 from expunge.models import AllCNN
 from expunge.provenance import SAMPLE, SampleHashes, seal, tensors_digest, weights_digests
-from expunge.schema import Record
+from expunge.schema import Preprocessing, Record
 from expunge.verify import Elsewhere, Finding, relative_distance
 from expunge.workspace import DataOptions
 from test_cli import SETTINGS, Trained, invoke, record_of, refuse, trained, write_digits
@@ -80,8 +82,6 @@ def forget(trained: Trained, weights: Path, classes: str, out: Path, **more: Any
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, trained: Trained) -> Path:
-    from expunge.commands import RecordOptions
-
     root = tmp_path_factory.mktemp("erased")
     retain = str(write_digits(root / "retain", [0, 1, 2, 4, 6, 7, 8, 9], each=12))
     keep = RecordOptions(ledger=root / "expunge-ledger.sqlite")
@@ -361,12 +361,12 @@ def test_hashes_of_one_image_differ_between_records(erased: Erased) -> None:
 def test_elsewhere_a_replay_may_be_a_little_off_and_says_what_differs(
     erased: Erased, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = verify.environment
+    real = environment
 
     def other(model: nn.Module) -> dict[str, Any]:
         return real(model) | {"cpu": "VSX"}
 
-    run = verify.erase
+    run = erase
 
     def nudged(*arguments: Any, **more: Any) -> Any:
         done = run(*arguments, **more)
@@ -392,7 +392,7 @@ def test_elsewhere_a_replay_may_be_a_little_off_and_says_what_differs(
 
 
 def test_other_code_is_said(erased: Erased, monkeypatch: pytest.MonkeyPatch) -> None:
-    here = verify.code_digests()
+    here = provenance.code_digests()
     monkeypatch.setattr(verify, "code_digests", lambda: here | {"source": "0" * 64})
     (found,) = erased.check(erased.first)["code"]
     assert (found.ok, "made by other code" in found.sentence) == (None, True)
@@ -419,6 +419,22 @@ def test_a_record_hashed_anew_without_parts_is_no_traceback(erased: Erased) -> N
 
 
 # Hashes, on their own
+
+
+def test_a_streamed_sample_has_the_hashes_of_a_staged_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = draw(open_source("digits").train, per_class=5, seed=0)
+    preprocessing = Preprocessing(size=(8, 8), mean=(0.3,), std=(0.38,))
+    salt = provenance.new_salt()
+    staged = stage(table, preprocessing)
+    found = provenance.hash_samples(staged, table, preprocessing, salt=salt, skip_bad=False)
+    monkeypatch.setattr(data, "STAGE_LIMIT_BYTES", 100)
+    streamed = stage(table, preprocessing)
+    assert isinstance(streamed.dataset, StreamedImages)
+    assert provenance.hash_samples(streamed, table, preprocessing, salt=salt, skip_bad=False) == found
+    assert len(set(found.hashes)) == 50
+    image, label = staged.dataset[0]
+    assert provenance.sample_hash(salt, image, int(label)) in found.hashes
+    assert provenance.sample_hash(salt, image, int(label) + 1) not in found.hashes
 
 
 def test_the_hash_of_tensors_is_that_of_no_file(tmp_path: Path) -> None:
