@@ -80,7 +80,7 @@ def test_what_anybody_may_add_take_away_or_make_again(signed: Path, keys: Path) 
 
 def test_the_program_of_the_library_agrees(signed: Path, keys: Path) -> None:
     words = [sys.executable, "-m", "model_signing", "verify", "key", str(signed), "--ignore_unsigned_files"]
-    words += ["--signature", str(signed / SIGNATURE), "--public-key", str(keys / "mine.pub")]
+    words += ["--signature", str(signed / SIGNATURE), "--public_key", str(keys / "mine.pub")]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     flip(signed / "unlearned.safetensors", -1)

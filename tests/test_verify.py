@@ -144,9 +144,12 @@ def test_what_a_record_holds(erased: Erased) -> None:
     assert len(first["code"]["source"]) == 64
     assert first["configuration"] != second["configuration"]
     assert set(first["parts"]) == set(record_of(erased.first)) - {"provenance", "content_hash"}
-    environment = record_of(erased.first)["environment"]
-    assert environment["libraries"]["safetensors"]
-    assert environment["cpu"]
+    surroundings = record_of(erased.first)["environment"]
+    assert surroundings["libraries"]["safetensors"]
+    assert surroundings["cpu"]
+    page = (erased.second / "report.html").read_text(encoding="utf-8")
+    for shown in (record_of(erased.second)["content_hash"], second["parent"]["content_hash"], second["code"]["source"]):
+        assert shown in page
 
 
 def test_through_the_command(erased: Erased, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,6 +278,7 @@ def test_the_chain_cut(erased: Erased) -> None:
     (line,) = erased.wrong(erased.second, elsewhere={"parents": (gone,)})
     assert line.startswith("chain: the chain is cut: the earlier record")
     assert line.endswith(f"is not in {gone}, or was edited (name its folder with --parents)")
+    assert not [one for one in verify.verify(erased.second) if one.check == "chain" and not one.ok]  # found beside it
     edit(erased.second, unlink)
     assert "record: record.json: provenance or content_hash was edited" in erased.wrong(erased.second)
     edit(erased.second, unlink, hash_anew=True)

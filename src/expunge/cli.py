@@ -465,7 +465,7 @@ def verify(
         list[Path] | None,
         typer.Option(
             metavar="DIR",
-            help="Records of earlier erasures, or a folder of such folders; by default beside the original weights.",
+            help="Records of earlier erasures, or a folder of such folders; by default those beside W and DIR.",
             rich_help_panel="What lies elsewhere now",
         ),
     ] = None,

@@ -418,6 +418,8 @@ def _keep(record: Record, out: Path, files: Mapping[str, bytes], keep: RecordOpt
     paths = [*writers]
     if keep.key is not None:
         paths.append(sign_folder(out, signed_names(content), keep.key, keep.password))
+    if keep.ledger is not None:
+        paths.append(keep.ledger)
     return Outcome(replace(record, provenance=content["provenance"]), record.notes, tuple(paths))
 
 

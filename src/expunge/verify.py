@@ -273,7 +273,7 @@ def _chain(folder: Path, record: Content, where: Elsewhere) -> Iterator[Finding]
     is_audit = provenance["kind"] == "audit"
     model = record["model"]
     start = where.weights or Path(model["unlearned" if is_audit else "weights"])
-    places = where.parents or ((start if start.is_dir() else start.parent),)
+    places = where.parents or (start if start.is_dir() else start.parent, folder.resolve().parent)
     known = _records(places)
     child, length = record, 0
     while (link := child["provenance"]["parent"]) is not None:
@@ -334,7 +334,7 @@ def _ledger(folder: Path, record: Content, where: Elsewhere) -> Iterator[Finding
     if place is None:
         yield Finding("ledger", None, "the run was entered in no ledger")
         return
-    usual = [folder.absolute().parent / LEDGER, folder / LEDGER]
+    usual = [folder.resolve().parent / LEDGER, folder / LEDGER]
     path = where.ledger or next((path for path in usual if path.is_file()), None)
     if path is None:
         yield Finding("ledger", None, f"no ledger at {usual[0]}: not checked (name it with --ledger)")
