@@ -520,7 +520,9 @@ def test_interrupt_is_one_line(tmp_path: Path, trained: Trained, monkeypatch: py
 # The program itself
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["forget"]])
+@pytest.mark.parametrize(
+    "command", [[], ["demo"], ["train"], ["forget"], ["audit"], ["report"], ["verify"], ["sign"], ["log"]]
+)
 def test_help(command: list[str]) -> None:
     result = invoke(*command, "--help")
     assert result.exit_code == 0

@@ -16,13 +16,14 @@ LAYERS = (
     {"errors"},
     {"schema"},
     {"journal", "config", "files", "data"},
-    {"report"},
+    {"report", "ledger", "signing"},
     {"training"},
     {"metrics", "models", "weights", "signals"},
     {"audits"},
-    {"workspace", "methods", "verdict"},
+    {"workspace", "methods", "verdict", "provenance"},
     {"evaluation"},
     {"commands"},
+    {"verify"},
     {"cli"},
 )
 LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,9 +15,10 @@ from rich.console import Console
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from expunge.commands import Outcome
+    from expunge.commands import Outcome, RecordOptions
     from expunge.journal import Journal
     from expunge.schema import Phase, Record
+    from expunge.verify import Finding
     from expunge.workspace import DataOptions
 
 app = typer.Typer(
@@ -82,6 +84,26 @@ SPEC_HELP = "torchvision:NAME, timm:NAME, hf:NAME, allcnn, or path/to/file.py:fu
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of all randomness.")]
 Device = Annotated[
     str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, mps; else a GPU where there is one.")
+]
+Ledger = Annotated[
+    Path | None,
+    typer.Option(
+        "--ledger",
+        metavar="FILE",
+        envvar="EXPUNGE_LEDGER",
+        help="Where the run is entered; by default expunge-ledger.sqlite beside DIR. See expunge log.",
+        rich_help_panel="Record",
+    ),
+]
+NoLedger = Annotated[bool, typer.Option("--no-ledger", help="Enter the run nowhere.", rich_help_panel="Record")]
+Sign = Annotated[
+    Path | None,
+    typer.Option(
+        "--sign",
+        metavar="KEY",
+        help="Sign the record and the weights with this private key (PEM; its password in EXPUNGE_KEY_PASSWORD).",
+        rich_help_panel="Record",
+    ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 
@@ -231,6 +253,9 @@ def forget(
     mean: Mean = None,
     std: Std = None,
     channels: Channels = None,
+    ledger: Ledger = None,
+    no_ledger: NoLedger = False,
+    sign: Sign = None,
     seed: Seed = 0,
     device: Device = None,
     quiet: Quiet = False,
@@ -260,6 +285,7 @@ def forget(
                 retrained=retrained,
                 seed=seed,
                 device=device,
+                keep=_record_options(out, ledger, no_ledger, sign),
                 journal=journal,
             )
         _finish(outcome, quiet)
@@ -326,6 +352,9 @@ def audit(
     mean: Mean = None,
     std: Std = None,
     channels: Channels = None,
+    ledger: Ledger = None,
+    no_ledger: NoLedger = False,
+    sign: Sign = None,
     seed: Seed = 0,
     device: Device = None,
     quiet: Quiet = False,
@@ -360,6 +389,7 @@ def audit(
                 ensembles=many if budget == "large" else None,
                 seed=seed,
                 device=device,
+                keep=_record_options(out, ledger, no_ledger, sign),
                 journal=journal,
             )
         if not quiet:
@@ -398,6 +428,189 @@ def report(
             typer.echo(f"Wrote {page}")
         if show:
             _open(page)
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What expunge forget or audit wrote to.")],
+    key: Annotated[Path | None, typer.Option(metavar="PUB", help="Public key (PEM) that must have signed it.")] = None,
+    replay: Annotated[
+        bool, typer.Option("--replay", help="Run the erasure again and compare the weights, bit for bit on a CPU.")
+    ] = False,
+    audit: Annotated[bool, typer.Option("--audit", help="Measure again and compare every value.")] = False,
+    image: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Was this image in the retain sample? Pixel for pixel.")
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(metavar="W", help="The original weights.", rich_help_panel="What lies elsewhere now")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="SRC", help="The data.", rich_help_panel="What lies elsewhere now")
+    ] = None,
+    retain: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SRC", help="The retain sample, if it had a source.", rich_help_panel="What lies elsewhere now"
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPEC",
+            help="The model; needed to confirm one whose code would be run.",
+            rich_help_panel="What lies elsewhere now",
+        ),
+    ] = None,
+    parents: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR",
+            help="Records of earlier erasures, or a folder of such folders; by default those beside W and DIR.",
+            rich_help_panel="What lies elsewhere now",
+        ),
+    ] = None,
+    ledger: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            envvar="EXPUNGE_LEDGER",
+            help="The ledger; by default expunge-ledger.sqlite beside DIR.",
+            rich_help_panel="What lies elsewhere now",
+        ),
+    ] = None,
+    device: Device = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check a record: hashes, the chain of earlier erasures, ledger and signature; with --replay the erasure itself.
+
+    Leaves with 1 where something does not match, and says what. What could not be checked is said too.
+    """
+    with _user_errors():
+        from expunge.verify import Elsewhere
+        from expunge.verify import verify as check
+
+        where = Elsewhere(
+            weights=weights, data=data, retain=retain, model=model, parents=tuple(parents or ()), ledger=ledger,
+            device=device,
+        )  # fmt: skip
+        with _journal(quiet or as_json) as journal:
+            findings = check(folder, key=key, replay=replay, audit=audit, image=image, where=where, journal=journal)
+        if as_json:
+            from dataclasses import asdict
+
+            from expunge.files import json_text
+
+            typer.echo(json_text([asdict(found) for found in findings]), nl=False)
+        elif not quiet:
+            _show_findings(folder, findings)
+        if any(found.ok is False for found in findings):
+            raise typer.Exit(1)
+
+
+def _show_findings(folder: Path, findings: Sequence[Finding]) -> None:
+    """Print one line for each check, and what they come to."""
+    console = Console(highlight=False, soft_wrap=True)
+    words = {True: ("ok", "green"), False: ("NO", "red"), None: ("-", "yellow")}
+    for found in findings:
+        word, color = words[found.ok]
+        console.print(f"[{color}]{word:<3}[/]{_plain(f'{found.check}: {found.sentence}')}")
+    wrong = sum(found.ok is False for found in findings)
+    unchecked = sum(found.ok is None for found in findings)
+    told = "1 check fails" if wrong == 1 else f"{wrong} checks fail" if wrong else "everything that was checked matches"
+    console.print(f"{_plain(str(folder))}: {told}{f'; {unchecked} could not be checked (-)' if unchecked else ''}.")
+
+
+@app.command()
+def sign(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What expunge forget or audit wrote to.")],
+    key: Annotated[Path, typer.Option(metavar="KEY", help="Private key (PEM; its password in EXPUNGE_KEY_PASSWORD).")],
+    quiet: Quiet = False,
+) -> None:
+    """Sign a record and its weights with a local key, in the OpenSSF model-signing format: DIR/model.sig.
+
+    What does not match its record is not signed. The signature says who recorded this, not that it is right.
+    """
+    with _user_errors("nothing was signed"):
+        from expunge.signing import MEANING
+        from expunge.verify import sign_record
+
+        path = sign_record(folder, key, _password())
+        if not quiet:
+            Console(highlight=False, soft_wrap=True).print(f"Wrote {path}\n{MEANING}", markup=False)
+
+
+@app.command()
+def log(
+    ledger: Annotated[
+        Path, typer.Option(metavar="FILE", envvar="EXPUNGE_LEDGER", help="The ledger that runs were entered in.")
+    ] = Path("expunge-ledger.sqlite"),
+    check: Annotated[
+        bool, typer.Option("--check", help="Find entries that were edited, removed or cut off; leaves with 1 then.")
+    ] = False,
+    records: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR",
+            help="Records to hold the ledger against, or a folder of such folders; by default those beside it.",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print each entry as a line of JSON.")] = False,
+) -> None:
+    """List what was forgotten from which model, when, by which command, and how it went."""
+    with _user_errors():
+        from expunge.errors import InputError
+        from expunge.ledger import read_entries
+
+        if check:
+            from expunge.verify import check_ledger
+
+            problems = check_ledger(ledger, tuple(records) if records else (ledger.absolute().parent,))
+            for problem in problems:
+                typer.echo(f"{ledger}: {problem}")
+            if problems:
+                raise typer.Exit(1)
+            typer.echo(f"{ledger}: an unbroken chain of {len(read_entries(ledger))} entries")
+            return
+        if records:
+            raise InputError("expected --records with --check")
+        entries = read_entries(ledger)
+        if as_json:
+            for entry in entries:
+                typer.echo(entry.text)
+        else:
+            _show_log([entry.content for entry in entries[1:]])
+
+
+def _show_log(entries: Sequence[Mapping[str, Any]]) -> None:
+    """Print each entry as a few short lines: they must be whole to be of use, on a narrow terminal too."""
+    console = Console(highlight=False, soft_wrap=True)
+    if not entries:
+        console.print("Nothing was entered yet.")
+    for entry in entries:
+        told = {name: entry.get(name) or "?" for name in LOGGED}  # an edited entry may hold anything
+        verdict, classes = entry.get("verdict"), entry.get("classes")
+        answers = verdict.items() if isinstance(verdict, dict) else ()
+        names = ", ".join(map(str, classes)) if isinstance(classes, list) else "?"
+        console.print(f"[bold]{entry.get('number', '?')}  {told['time']}  {_plain(names)}[/]")
+        for line in (
+            f"{told['command']}, {told['method']}, seed {entry.get('seed')}, {told['model']}",
+            f"weights {str(told['original'])[:16]} -> {str(told['unlearned'])[:16]}",
+            ", ".join(f"{str(name).replace('_', ' ')}: {_answer(answer)}" for name, answer in answers),
+            f"record {str(told['content_hash'])[:16]} in {told['record']}",
+            entry.get("again") or "",
+        ):
+            if line:
+                console.print(f"   {line}", markup=False)
+
+
+LOGGED = ("time", "command", "method", "model", "original", "unlearned", "content_hash", "record")
+
+
+def _answer(answer: Any) -> str:
+    return (
+        "unknown" if answer is None else {True: "yes", False: "no"}[answer] if answer in (True, False) else str(answer)
+    )
 
 
 def _open(page: Path) -> None:
@@ -464,6 +677,22 @@ def _data_options(
         channels=channels,
         skip_bad=skip_bad,
     )
+
+
+def _record_options(out: Path, ledger: Path | None, no_ledger: bool, key: Path | None) -> RecordOptions:
+    from expunge.commands import RecordOptions
+    from expunge.errors import InputError
+    from expunge.ledger import NAME
+
+    if ledger is not None and no_ledger and not os.environ.get("EXPUNGE_LEDGER"):
+        raise InputError("expected --ledger or --no-ledger, got both")
+    usual = out.absolute().parent / NAME
+    return RecordOptions(ledger=None if no_ledger else ledger or usual, key=key, password=_password())
+
+
+def _password() -> str | None:
+    """Return the password of the key to sign with: from the environment, since arguments are seen by everybody."""
+    return os.environ.get("EXPUNGE_KEY_PASSWORD") or None
 
 
 def _size(text: str | None) -> tuple[int, int] | None:

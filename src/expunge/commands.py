@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 from torch.utils.data import ConcatDataset, Subset
 
 from expunge import __version__
 from expunge.audits import AUDITS, Audit, Subject
-from expunge.audits.check import Check
+from expunge.audits.check import LAYERS, Check
 from expunge.audits.ensembles import judge_ensembles, train_ensembles
 from expunge.audits.runner import as_figure
 from expunge.config import as_json, override
 from expunge.data import (
     ImageTable,
+    TensorImages,
     count_labels,
     draw,
     labels_of,
@@ -31,16 +34,33 @@ from expunge.data import (
 )
 from expunge.errors import InputError
 from expunge.evaluation import evaluate
-from expunge.files import json_writer, write_atomically
+from expunge.files import bytes_writer, json_text, json_writer, write_atomically
 from expunge.journal import Journal
+from expunge.ledger import NAME as LEDGER
+from expunge.ledger import Transaction, check_usable, now, writing
 from expunge.methods import METHODS, PRESETS
 from expunge.metrics import accuracy
 from expunge.models import reinitialized
+from expunge.provenance import (
+    SAMPLE,
+    SampleHashes,
+    code_digests,
+    digest,
+    hash_samples,
+    new_salt,
+    parent_of,
+    seal,
+    signed_names,
+    tensors_digest,
+    weights_digests,
+)
 from expunge.report import html_writer
-from expunge.schema import Preprocessing, Record, Split, TrainConfig
+from expunge.report.rerun import rerun
+from expunge.schema import Phase, Preprocessing, Record, Split, TrainConfig
+from expunge.signing import SIGNATURE, check_private, sign_folder
 from expunge.training import predict, train
 from expunge.verdict import verdict
-from expunge.weights import Metadata, apply_weights, load_weights, save_weights, weights_writer
+from expunge.weights import Metadata, apply_weights, load_weights, save_weights, weights_content
 from expunge.workspace import DataOptions, Workspace, align, open_workspace
 
 TRAIN_DEFAULT = TrainConfig(epochs=12, lr=0.002, optimizer="adamw", weight_decay=0.05, schedule="one_cycle")
@@ -63,6 +83,26 @@ class RetainOptions:
             raise InputError(f"expected at least one retained image a class, got {self.per_class}")
         if self.share is not None and not 0 < self.share <= 1:
             raise InputError(f"expected a retain share above 0 and up to 1, got {self.share:g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordOptions:
+    """What is kept of a run beside its record."""
+
+    ledger: Path | None = None  # where it is entered; None: nowhere
+    key: Path | None = None  # private key to sign with; None: not signed
+    password: str | None = None  # of the key
+
+    def signer(self) -> str | None:
+        """Return the id of the key to sign with, and find out before the work whether key and ledger can be used.
+
+        Raises:
+            InputError: they cannot.
+        """
+        if self.ledger is not None:
+            check_writable(self.ledger)
+            check_usable(self.ledger)
+        return check_private(self.key, self.password) if self.key is not None else None
 
 
 @dataclass(frozen=True)
@@ -162,9 +202,10 @@ def forget_command(
     retrained: Path | None = None,
     seed: int = 0,
     device: str | None = None,
+    keep: RecordOptions | None = None,
     journal: Journal | None = None,
 ) -> Outcome:
-    """Make a trained model forget classes; write `unlearned.safetensors`, `record.json` and its page to `out`.
+    """Make a trained model forget classes; write the weights, the record, its page and the retain hashes to `out`.
 
     The method is handed the retain sample alone. Held-out images, of forgotten classes too where the data has them,
     are read only afterwards, to measure. Nothing is written unless everything succeeded.
@@ -174,15 +215,134 @@ def forget_command(
         classes: names or indices to forget.
         settings: `name=value` changes of the preset's configuration.
         retrained: weights of the same model trained without the classes, to compare with.
+        keep: the ledger to enter the erasure in, and the key to sign it with; None: neither.
 
     Raises:
         InputError: something cannot be used; DivergedError where a loss became NaN.
     """
     journal = journal or Journal()
     retain = retain or RetainOptions()
+    keep = keep or RecordOptions()
+    for name in ("record.json", "report.html", SAMPLE):
+        check_writable(out / name)
+    signer = keep.signer()
+    before = weights_digests(weights)
+    done = erase(
+        data, model, weights, classes,
+        retain=retain, method=method, preset=preset, settings=settings, retrained=retrained, seed=seed, device=device,
+        journal=journal,
+    )  # fmt: skip
+    workspace, notes = done.workspace, list(done.notes)
+    names = workspace.class_names
+    # only now, when the method is done, are held-out images decoded, those of forgotten classes among them
+    test = stage(workspace.test, workspace.preprocessing, skip_bad=data.skip_bad, shuffle=False)
+    record = evaluate(
+        workspace.model,
+        done.unlearned,
+        replace(done.split, forget=None, test=test.dataset),
+        done.reference.model if done.reference else None,
+        retrained_preprocessing=done.reference.preprocessing if done.reference else None,
+        method=method,
+        config={"preset": preset, "settings": list(settings)} | as_json(done.config),
+        seed=seed,
+        phases=done.phases,
+        journal=journal,
+    )
+    skipped = done.num_bad + test.num_bad
+    if skipped:
+        notes.append(f"left out {skipped:,} images that cannot be decoded")
+    metadata = replace(
+        workspace.metadata,
+        model=workspace.spec.text,
+        class_names=names,
+        preprocessing=workspace.preprocessing,
+        forgotten=tuple(
+            name for name in names if names.index(name) in workspace.left_out or name in workspace.metadata.forgotten
+        ),
+        made_by=f"expunge {__version__} forget",
+        training=None,  # its accuracy was the original's
+    )
+    parent = parent_of(weights, before["tensors"], workspace.metadata.forgotten)
+    if parent is not None and parent["content_hash"] is None:
+        notes.append("the weights say that classes were forgotten before, and the record of that is not beside them")
+    content = weights_content(done.unlearned, metadata)
+    files = {UNLEARNED: content, SAMPLE: json_text(done.samples.as_json()).encode()}
+    record = replace(
+        record,
+        model=dict(record.model)
+        | {"spec": workspace.spec.text, "weights": str(weights), "retrained": str(retrained) if retrained else None},
+        data=dict(record.data)
+        | {
+            "source": data.spec,
+            "retain_source": retain.source,
+            "retain_per_class": retain.per_class,
+            "retain_share": retain.share,
+            "retain_samples": done.num_retained,
+            "dropped_forgotten": done.dropped,
+            "skipped_bad": skipped,
+            "options": _as_given(data),
+        },
+        notes=tuple(notes),
+        provenance={
+            "kind": "forget",
+            "weights": {
+                "original": before,
+                "unlearned": {"file": digest(content), "tensors": tensors_digest(done.unlearned.state_dict())},
+            }
+            | ({"retrained": weights_digests(retrained)} if retrained is not None else {}),
+            "retain_sample": {"fingerprint": done.samples.fingerprint, "count": len(done.samples.hashes)},
+            "parent": parent,
+            "signer": signer,
+        },
+    )
+    return _keep(record, out, files, keep)
+
+
+UNLEARNED = "unlearned.safetensors"
+
+
+@dataclass(frozen=True)
+class Erasure:
+    """What a method made of a model, and what it was handed; nothing of it is written yet."""
+
+    workspace: Workspace
+    split: Split
+    unlearned: nn.Module
+    reference: _Sibling | None  # the retrained model
+    config: Any
+    samples: SampleHashes
+    phases: Sequence[Phase]  # of the method
+    num_retained: int
+    num_bad: int  # retained images that could not be decoded
+    dropped: int  # images of forgotten classes that were left out of the retain source
+    notes: tuple[str, ...]
+
+
+def erase(
+    data: DataOptions,
+    model: str | None,
+    weights: Path,
+    classes: Sequence[str],
+    *,
+    retain: RetainOptions,
+    method: str,
+    preset: str,
+    settings: Sequence[str],
+    retrained: Path | None = None,
+    seed: int,
+    device: str | None,
+    salt: str | None = None,
+    journal: Journal,
+) -> Erasure:
+    """Run a method as `forget_command` does, and write nothing: what `expunge verify --replay` runs again.
+
+    Args:
+        salt: to hash the retain sample with; None: a new one.
+
+    Raises:
+        InputError: something cannot be used; DivergedError where a loss became NaN.
+    """
     config = override(_preset(method, preset), settings)
-    check_writable(out / "record.json")
-    check_writable(out / "report.html")
     workspace = open_workspace(data, model, weights, leave_out=classes, seed=seed, device=device)
     names, forget = workspace.class_names, workspace.left_out
     before = tuple(label for label in workspace.gone_before if label not in forget)
@@ -203,6 +363,9 @@ def forget_command(
     reference = _retrained(workspace, retrained) if retrained is not None else None
     with journal.phase("read images", steps=None):
         retained = stage(sample, workspace.preprocessing, skip_bad=data.skip_bad, seed=seed)
+        samples = hash_samples(
+            retained, sample, workspace.preprocessing, salt=salt or new_salt(), skip_bad=data.skip_bad
+        )
     if len(retained.dataset) == 0:
         raise InputError("expected a retain sample, found no image that can be decoded")
     absent = missing_classes(
@@ -221,59 +384,113 @@ def forget_command(
     )
     started = len(journal.phases)
     unlearned = METHODS[method](workspace.model, split, config, seed=seed, journal=journal)
-    phases = journal.phases[started:]
-    # only now, when the method is done, are held-out images decoded, those of forgotten classes among them
-    test = stage(workspace.test, workspace.preprocessing, skip_bad=data.skip_bad, shuffle=False)
-    record = evaluate(
-        workspace.model,
-        unlearned,
-        replace(split, forget=None, test=test.dataset),
-        reference.model if reference else None,
-        retrained_preprocessing=reference.preprocessing if reference else None,
-        method=method,
-        config={"preset": preset, "settings": list(settings)} | as_json(config),
-        seed=seed,
-        phases=phases,
-        journal=journal,
-    )
-    skipped = retained.num_bad + test.num_bad
-    if skipped:
-        notes.append(f"left out {skipped:,} images that cannot be decoded")
-    record = replace(
-        record,
-        model=dict(record.model)
-        | {"spec": workspace.spec.text, "weights": str(weights), "retrained": str(retrained) if retrained else None},
-        data=dict(record.data)
-        | {
-            "source": data.spec,
-            "retain_source": retain.source,
-            "retain_per_class": retain.per_class,
-            "retain_share": retain.share,
-            "retain_samples": len(sample) - retained.num_bad,
-            "dropped_forgotten": dropped,
-            "skipped_bad": skipped,
-            "options": _as_given(data),
-        },
+    return Erasure(
+        workspace=workspace,
+        split=split,
+        unlearned=unlearned,
+        reference=reference,
+        config=config,
+        samples=samples,
+        phases=journal.phases[started:],
+        num_retained=len(sample) - retained.num_bad,
+        num_bad=retained.num_bad,
+        dropped=dropped,
         notes=tuple(notes),
     )
-    metadata = replace(
-        workspace.metadata,
-        model=workspace.spec.text,
-        class_names=names,
+
+
+def _keep(record: Record, out: Path, files: Mapping[str, bytes], keep: RecordOptions) -> Outcome:
+    """Write a record, its page and the files it vouches for, all or none; enter it in the ledger; sign it."""
+    with _entry(keep.ledger) as entry:
+        made = dict(record.provenance or {}) | {
+            "created": now(),
+            "files": {name: digest(content) for name, content in files.items()},
+            "code": code_digests(),
+            "ledger": entry.place if entry is not None else None,
+        }
+        content = seal(as_json(replace(record, provenance=made)))
+        writers = {out / name: bytes_writer(held) for name, held in files.items()}
+        writers |= {out / "record.json": json_writer(content), out / "report.html": html_writer(content)}
+        write_atomically(writers)
+        (out / SIGNATURE).unlink(missing_ok=True)  # of what was there before
+        if entry is not None:
+            entry.append(ledger_entry(content, out))
+    paths = [*writers]
+    if keep.key is not None:
+        paths.append(sign_folder(out, signed_names(content), keep.key, keep.password))
+    if keep.ledger is not None:
+        paths.append(keep.ledger)
+    return Outcome(replace(record, provenance=content["provenance"]), record.notes, tuple(paths))
+
+
+def measure_again(
+    data: DataOptions,
+    model: str | None,
+    weights: Path,
+    unlearned: Path,
+    classes: Sequence[str],
+    *,
+    retrained: Path | None,
+    seed: int,
+    device: str | None,
+    journal: Journal,
+) -> Record:
+    """Measure weights that were unlearned as `forget_command` measured them, and write nothing.
+
+    Raises:
+        InputError: something cannot be used.
+    """
+    workspace = open_workspace(data, model, weights, leave_out=classes, seed=seed, device=device)
+    after = _sibling(workspace, unlearned)
+    reference = _retrained(workspace, retrained) if retrained is not None else None
+    test = stage(workspace.test, workspace.preprocessing, skip_bad=data.skip_bad, shuffle=False).dataset
+    split = Split(
+        forget_classes=workspace.left_out,
+        retain=TensorImages(torch.empty(0), torch.empty(0, dtype=torch.int64)),  # none is read to measure
+        test=test,
+        class_names=workspace.class_names,
         preprocessing=workspace.preprocessing,
-        forgotten=tuple(name for name in names if names.index(name) in forget or name in workspace.metadata.forgotten),
-        made_by=f"expunge {__version__} forget",
-        training=None,  # its accuracy was the original's
+        forgotten_before=tuple(label for label in workspace.gone_before if label not in workspace.left_out),
     )
-    writers = {out / "unlearned.safetensors": weights_writer(unlearned, metadata), **_writers(record, out)}
-    write_atomically(writers)
-    return Outcome(record, tuple(notes), tuple(writers))
+    return evaluate(
+        workspace.model,
+        after.model,
+        split,
+        reference.model if reference else None,
+        retrained_preprocessing=reference.preprocessing if reference else None,
+        seed=seed,
+        journal=journal,
+    )
 
 
-def _writers(record: Record, out: Path) -> dict[Path, Callable[[Path], None]]:
-    """Return the writers of a record and of its page."""
-    content = as_json(record)
-    return {out / "record.json": json_writer(content), out / "report.html": html_writer(content)}
+@contextmanager
+def _entry(ledger: Path | None) -> Iterator[Transaction | None]:
+    if ledger is None:
+        yield None
+    else:
+        with writing(ledger) as entry:
+            yield entry
+
+
+def ledger_entry(content: Mapping[str, Any], out: Path) -> dict[str, Any]:
+    """Return what the ledger keeps of a sealed record: what, from which model, when, by which command, how it went."""
+    provenance = content["provenance"]
+    judged = content["verdict"]
+    layers = {name: judged[name]["answer"] for name in LAYERS} if judged else None
+    return {
+        "time": provenance["created"],
+        "command": provenance["kind"],
+        "method": content["method"],
+        "classes": content["classes"]["forget"],
+        "model": content["model"]["spec"],
+        "seed": content["seed"],
+        "original": provenance["weights"]["original"]["tensors"],
+        "unlearned": provenance["weights"]["unlearned"]["tensors"],
+        "verdict": layers or {name: content["checks"][name] for name in ("forgotten", "kept", "signals")},
+        "record": str(out.absolute()),
+        "again": (rerun(content) or {}).get("command"),
+        "content_hash": content["content_hash"],
+    }
 
 
 def _as_given(data: DataOptions) -> dict[str, Any]:
@@ -295,6 +512,7 @@ def audit_command(
     ensembles: EnsembleOptions | None = None,
     seed: int = 0,
     device: str | None = None,
+    keep: RecordOptions | None = None,
     journal: Journal | None = None,
 ) -> Outcome:
     """Judge an unlearned model, made by anyone with any tool; write `record.json` and its page to the folder `out`.
@@ -309,14 +527,17 @@ def audit_command(
         ensembles: train many models and judge the method by them too (hours); None: do not. Their answers are kept in
             `out`/ensembles, and an interrupted run goes on with the next model.
         seed: of all randomness.
+        keep: the ledger to enter the audit in, and the key to sign it with; None: neither.
 
     Raises:
         InputError: something cannot be used.
     """
     journal = journal or Journal()
+    keep = keep or RecordOptions()
     chosen = _audits(audits)
     check_writable(out / "record.json")
     check_writable(out / "report.html")
+    signer = keep.signer()
     classes = classes or _newly_forgotten(original, unlearned)
     workspace = open_workspace(data, model, original, leave_out=classes, seed=seed, device=device)
     subject = _sibling(workspace, unlearned)
@@ -363,10 +584,19 @@ def audit_command(
             "options": _as_given(data),
         },
         notes=tuple(notes),
+        provenance={
+            "kind": "audit",
+            "weights": {
+                "original": weights_digests(original),
+                "unlearned": (after := weights_digests(unlearned)),
+                "retrained": [weights_digests(path) for path in retrained],
+            },
+            "retain_sample": None,
+            "parent": parent_of(unlearned, after["tensors"], ()),
+            "signer": signer,
+        },
     )
-    writers = _writers(record, out)
-    write_atomically(writers)
-    return Outcome(record, tuple(notes), tuple(writers))
+    return _keep(record, out, {}, keep)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -521,6 +751,7 @@ def demo_command(out: Path, *, seed: int = 0, journal: Journal | None = None) ->
     sample = RetainOptions(per_class=100)
     return forget_command(
         data, None, original, ["3"], out, retain=sample, preset="fast", retrained=retrained, seed=seed, journal=journal,
+        keep=RecordOptions(ledger=out / LEDGER),
     )  # fmt: skip
 
 

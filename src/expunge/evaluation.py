@@ -34,6 +34,7 @@ from expunge.metrics import (
     zero_retrain_forgetting,
 )
 from expunge.models import reinitialized
+from expunge.provenance import library_versions
 from expunge.schema import Phase, Predictions, Preprocessing, Record, Split
 from expunge.training import device_of, predict
 from expunge.verdict import verdict
@@ -304,6 +305,8 @@ def environment(model: nn.Module) -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),  # its vector instructions, which decide how sums are rounded
+        "libraries": library_versions(),
     }
 
 

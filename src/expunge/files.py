@@ -34,12 +34,35 @@ def write_atomically(writers: Mapping[Path, Callable[[Path], None]]) -> None:
 
 def json_writer(content: Any) -> Callable[[Path], None]:
     """Return a writer of `content` as indented JSON; NaN and infinity are refused."""
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json_text(content)
 
     def write(path: Path) -> None:
         path.write_text(text, encoding="utf-8")
 
     return write
+
+
+def bytes_writer(content: bytes) -> Callable[[Path], None]:
+    """Return a writer of `content` as it is."""
+
+    def write(path: Path) -> None:
+        path.write_bytes(content)
+
+    return write
+
+
+def canonical_json(content: Any) -> str:
+    """Return `content` in the one way it can be written: keys sorted, no blanks, UTF-8, one line feed at the end.
+
+    Numbers are as Python writes them: the shortest decimal that reads back as the same double. NaN is refused.
+    """
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text + "\n"
+
+
+def json_text(content: Any) -> str:
+    """Return `content` as `json_writer` writes it."""
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _settle(path: Path) -> None:

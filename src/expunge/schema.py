@@ -172,6 +172,7 @@ class Record:
     self_checks: tuple[Mapping[str, Any], ...] = ()
     verdict: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
+    provenance: Mapping[str, Any] | None = None  # hashes and links; None of what no command made
     schema_version: int = SCHEMA_VERSION
 
 

@@ -6,18 +6,18 @@ import json
 import pickle
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from expunge.errors import InputError, first_line
-from expunge.files import write_atomically
+from expunge.files import bytes_writer, write_atomically
 from expunge.schema import Preprocessing
 
 METADATA_KEY = "expunge"  # one JSON text under this key of the safetensors header
@@ -43,19 +43,29 @@ def save_weights(model: nn.Module, path: Path, metadata: Metadata) -> None:
     Raises:
         OSError: no permission, disk full.
     """
-    write_atomically({path: weights_writer(model, metadata)})
+    write_atomically({path: bytes_writer(weights_content(model, metadata))})
 
 
-def weights_writer(model: nn.Module, metadata: Metadata) -> Callable[[Path], None]:
-    """Return a writer of the state of `model`, for `write_atomically`."""
+def weights_content(model: nn.Module, metadata: Metadata) -> bytes:
+    """Return the state of `model` as the bytes of a safetensors file; tied tensors are stored once."""
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in untied(model.state_dict()).items()}
+    return save(state, metadata={METADATA_KEY: json.dumps(asdict(metadata))})
 
-    def write(path: Path) -> None:
-        try:
-            save_file(_without_ties(model.state_dict()), path, metadata={METADATA_KEY: json.dumps(asdict(metadata))})
-        except SafetensorError as error:
-            raise OSError(f"cannot write {path.parent}: {first_line(error)}") from error
 
-    return write
+def weights_file(path: Path) -> Path:
+    """Return the file that `load_weights` reads: `path` itself, or the one in a hub folder.
+
+    Raises:
+        InputError: there is none.
+    """
+    if path.is_dir():
+        found = [path / name for name in HUB_FILES if (path / name).is_file()]
+        if not found:
+            raise InputError(f"expected {' or '.join(HUB_FILES)} in {str(path)!r}, found neither")
+        return found[0]
+    if not path.is_file():
+        raise InputError(f"no weights file at {str(path)!r}")
+    return path
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], Metadata]:
@@ -67,12 +77,7 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], Metadata]:
     said = Metadata()
     if path.is_dir():
         said = Metadata(class_names=_hub_class_names(path / "config.json"))
-        found = [path / name for name in HUB_FILES if (path / name).is_file()]
-        if not found:
-            raise InputError(f"expected {' or '.join(HUB_FILES)} in {str(path)!r}, found neither")
-        path = found[0]
-    if not path.is_file():
-        raise InputError(f"no weights file at {str(path)!r}")
+    path = weights_file(path)
     if path.suffix != ".safetensors":
         return _load_pickle(path), said
     state, metadata = _load_safetensors(path)
@@ -192,7 +197,8 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
     return dict(content)
 
 
-def _without_ties(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def untied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return `state` with each tensor once, under the first of its names."""
     seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
     kept: dict[str, Tensor] = {}
     for key, value in state.items():
@@ -200,7 +206,7 @@ def _without_ties(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if value.numel() and identity in seen:
             continue
         seen.add(identity)
-        kept[key] = value.detach().cpu().contiguous().clone()
+        kept[key] = value
     return kept
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from expunge.files import canonical_json
 from expunge.report.page import card_of, page_of
 from expunge.report.reading import check_record, read_record
 
@@ -41,12 +42,6 @@ def html_report(record: Mapping[str, Any]) -> str:
 def markdown_summary(record: Mapping[str, Any]) -> str:
     """Return a summary that can be a model card on a hub: a YAML block of metadata, then Markdown."""
     return _environment().get_template("report.md.jinja").render(page=page_of(record), metadata=card_of(record))
-
-
-def canonical_json(record: Mapping[str, Any]) -> str:
-    """Return the record in the one way its content can be written: keys sorted, no blanks, UTF-8."""
-    text = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return text + "\n"
 
 
 def html_writer(record: Mapping[str, Any]) -> Callable[[Path], None]:

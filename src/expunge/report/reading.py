@@ -181,6 +181,8 @@ RECORD: Form = {
         "scope": TEXT,
     },
     "notes": [TEXT],
+    "provenance": {"*": ANYTHING},
+    "content_hash": TEXT,
 }
 
 

@@ -477,6 +477,8 @@ def settings(record: Part) -> dict[str, Any]:
     tables = {"Method": method} | {
         name.capitalize(): record.get(name) or {} for name in ("model", "data", "environment")
     }
+    hashes = {name: part for name, part in (record.get("provenance") or {}).items() if name != "parts"}
+    tables["Hashes"] = {"content": record["content_hash"], **hashes} if record.get("content_hash") else hashes
     return {
         "tables": {title: flat(part) for title, part in tables.items() if part},
         "read_head": [words(key) for key in columns],

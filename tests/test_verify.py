@@ -1,0 +1,480 @@
+"""A record verified and replayed, and each kind of tampering caught and named; also by someone who hashes it anew."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from expunge import data, provenance, verify
+from expunge.commands import RecordOptions, RetainOptions, audit_command, erase, forget_command
+from expunge.data import StreamedImages, draw, open_source, stage
+from expunge.errors import InputError
+from expunge.evaluation import environment
+from expunge.files import json_text
+from expunge.models import AllCNN
+from expunge.provenance import SAMPLE, SampleHashes, seal, tensors_digest, weights_digests
+from expunge.schema import Preprocessing, Record
+from expunge.verify import Elsewhere, Finding, relative_distance
+from expunge.workspace import DataOptions
+from test_cli import SETTINGS, Trained, invoke, record_of, refuse, trained, write_digits
+
+__all__ = ["trained"]  # the fixture, for this file too
+
+
+class Erased:
+    """Two erasures, the second of what the first left, both in one ledger; a copy of it all for each test."""
+
+    def __init__(self, root: Path, trained: Trained) -> None:
+        self.root = root
+        self.trained = trained
+
+    @property
+    def first(self) -> Path:
+        return self.root / "first"
+
+    @property
+    def second(self) -> Path:
+        return self.root / "second"
+
+    @property
+    def retain(self) -> Path:
+        return self.root / "retain"
+
+    def where(self, **more: Any) -> Elsewhere:
+        """Return where a copy has what the record names by its first place."""
+        options: dict[str, Any] = {"model": self.trained.model, "retain": str(self.retain)}
+        options |= {"parents": (self.root,)}
+        return Elsewhere(**options | more)
+
+    def check(self, folder: Path, **more: Any) -> dict[str, list[Finding]]:
+        """Return the findings by check; of `second`, with the first's weights for the original's."""
+        elsewhere = {"weights": self.first / "unlearned.safetensors"} if folder == self.second else {}
+        elsewhere |= more.pop("elsewhere", {})
+        found: dict[str, list[Finding]] = {}
+        for one in verify.verify(folder, where=self.where(**elsewhere), **more):
+            found.setdefault(one.check, []).append(one)
+        return found
+
+    def wrong(self, folder: Path, **more: Any) -> list[str]:
+        """Return a line for each check that fails."""
+        return [
+            f"{name}: {one.sentence}"
+            for name, findings in self.check(folder, **more).items()
+            for one in findings
+            if one.ok is False
+        ]
+
+
+def forget(trained: Trained, weights: Path, classes: str, out: Path, **more: Any) -> Record:
+    return forget_command(
+        DataOptions(spec="digits"), trained.model, weights, [classes], out, settings=SETTINGS, device="cpu", **more
+    ).record
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, trained: Trained) -> Path:
+    root = tmp_path_factory.mktemp("erased")
+    retain = str(write_digits(root / "retain", [0, 1, 2, 4, 6, 7, 8, 9], each=12))
+    keep = RecordOptions(ledger=root / "expunge-ledger.sqlite")
+    retain_options = RetainOptions(source=retain)
+    forget(trained, trained.weights, "3", root / "first", keep=keep, retain=retain_options, retrained=trained.retrained)
+    after = root / "first" / "unlearned.safetensors"
+    forget(trained, after, "5", root / "second", keep=keep, retain=retain_options)
+    return root
+
+
+@pytest.fixture
+def erased(tmp_path: Path, made: Path, trained: Trained) -> Erased:
+    return Erased(Path(shutil.copytree(made, tmp_path / "copy")), trained)
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], None], *, hash_anew: bool = False) -> None:
+    """Change a record, and make its own hashes true again where the forger knows how."""
+    record = record_of(folder)
+    change(record)
+    (folder / "record.json").write_text(json_text(seal(record) if hash_anew else record), encoding="utf-8")
+
+
+def flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+# What is kept, and that it holds
+
+
+def test_a_record_is_verified_replayed_bit_for_bit_and_measured_again(erased: Erased) -> None:
+    for folder, parents in ((erased.first, "the first erasure"), (erased.second, "1 earlier record follows, unbroken")):
+        found = erased.check(folder, replay=True, audit=True)
+        assert not [one for findings in found.values() for one in findings if one.ok is False]
+        assert found["replay"] == [Finding("replay", True, "the erasure gives the same weights again, bit for bit")]
+        assert "measured again, as recorded to 1e-06" in found["measures"][0].sentence
+        assert int(found["measures"][0].sentence.split()[0].replace(",", "")) > 100
+        assert found["chain"][0].sentence.startswith(parents)
+        assert found["ledger"][0].ok
+        assert found["signature"][0] == Finding("signature", None, "not signed: who recorded this cannot be told")
+    assert [len(erased.check(one)["weights"]) for one in (erased.first, erased.second)] == [3, 2]
+
+
+def test_what_a_record_holds(erased: Erased) -> None:
+    first, second = (record_of(folder)["provenance"] for folder in (erased.first, erased.second))
+    assert first["weights"]["original"] == weights_digests(erased.trained.weights)
+    assert second["weights"]["original"] == first["weights"]["unlearned"]
+    assert second["parent"] == {
+        "content_hash": record_of(erased.first)["content_hash"],
+        "tensors": first["weights"]["unlearned"]["tensors"],
+    }
+    assert first["parent"] is None
+    assert second["ledger"]["count"] == first["ledger"]["count"] + 1
+    assert first["retain_sample"] == {
+        "fingerprint": provenance.read_samples(erased.first / SAMPLE).fingerprint,
+        "count": 96,
+    }
+    assert first["code"]["version"] == second["code"]["version"]
+    assert len(first["code"]["source"]) == 64
+    assert first["configuration"] != second["configuration"]
+    assert set(first["parts"]) == set(record_of(erased.first)) - {"provenance", "content_hash"}
+    surroundings = record_of(erased.first)["environment"]
+    assert surroundings["libraries"]["safetensors"]
+    assert surroundings["cpu"]
+    page = (erased.second / "report.html").read_text(encoding="utf-8")
+    for shown in (record_of(erased.second)["content_hash"], second["parent"]["content_hash"], second["code"]["source"]):
+        assert shown in page
+
+
+def test_through_the_command(erased: Erased, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("EXPUNGE_LEDGER", raising=False)
+    words = ["verify", str(erased.first), "--model", erased.trained.model]
+    result = invoke(*words)
+    assert result.exit_code == 0, result.output
+    assert "record.json is as it was written" in result.stdout
+    assert "everything that was checked matches" in result.stdout
+    flip(erased.first / "unlearned.safetensors", -1)
+    result = invoke(*words, "--json")
+    assert result.exit_code == 1
+    wrong = [found for found in json.loads(result.stdout) if found["ok"] is False]
+    assert [found["check"] for found in wrong] == ["weights"]
+    assert "1 check fails" in invoke(*words).stdout
+    assert (invoke(*words, "--quiet").exit_code, invoke(*words, "--quiet").stdout) == (1, "")
+
+
+def test_an_audit_is_verified_and_measured_again(erased: Erased, tmp_path: Path) -> None:
+    out = tmp_path / "audit"
+    unlearned = erased.first / "unlearned.safetensors"
+    audits = ["linear_probe", "prototype"]
+    options = DataOptions(spec="digits")
+    audit_command(options, erased.trained.model, erased.trained.weights, unlearned, out, audits=audits, device="cpu")
+    found = erased.check(out, audit=True)
+    assert not [one for findings in found.values() for one in findings if one.ok is False]
+    assert "1 earlier record follows" in found["chain"][0].sentence
+    assert found["measures"][0].ok
+    assert [one.ok for one in found["weights"]] == [True, True]
+    with pytest.raises(InputError, match="an audit erases nothing"):
+        erased.check(out, replay=True)
+    edit(out, lambda record: record["audits"]["prototype"]["figures"].clear(), hash_anew=True)
+    assert "measured again, other than recorded: audits.prototype" in erased.wrong(out, audit=True)[0]
+
+
+# Tampering, each kind caught and named
+
+
+def test_a_weights_byte(erased: Erased) -> None:
+    path = erased.first / "unlearned.safetensors"
+    flip(path, -1)  # of the last tensor
+    assert erased.wrong(erased.first) == [f"weights: {path} was changed: it does not hold the unlearned weights"]
+
+
+def test_a_byte_of_the_weights_header(erased: Erased) -> None:
+    path = erased.first / "unlearned.safetensors"
+    path.write_bytes(path.read_bytes().replace(b"expunge 0", b"expunge 1", 1))
+    (line,) = erased.wrong(erased.first)
+    assert "holds the unlearned weights, but its bytes were changed (its metadata or form)" in line
+    path.write_bytes(b"nothing")
+    assert "was damaged" in erased.wrong(erased.first)[0]
+    path.unlink()
+    assert f"{path} is gone" in erased.wrong(erased.first)[0]
+
+
+def test_weights_swapped(erased: Erased) -> None:
+    path = erased.first / "unlearned.safetensors"
+    shutil.copy(erased.trained.weights, path)
+    assert erased.wrong(erased.first) == [f"weights: {path} was swapped: it holds the original weights"]
+    other = erased.root / "other.safetensors"
+    shutil.copy(erased.trained.retrained, other)
+    (line,) = erased.wrong(erased.second, elsewhere={"weights": other})
+    assert "it does not hold the original weights" in line
+
+
+def test_a_record_edited(erased: Erased) -> None:
+    edit(erased.first, lambda record: record["samples_read"]["method"].update({"4": 0}))
+    assert erased.wrong(erased.first) == ["record: record.json: samples_read was edited"]
+    edit(erased.first, lambda record: record["classes"].update(forget=["4"]))
+    lines = erased.wrong(erased.first)
+    assert lines[0] == "record: record.json: classes was edited"
+    told = "the weights say that 3 was forgotten before, and the record names no earlier one"
+    assert lines[-1] == f"chain: the chain is cut: {told}"
+
+
+def test_any_byte_of_a_record(erased: Erased) -> None:
+    path = erased.first / "record.json"
+    whole = path.read_bytes()
+    for position in range(0, len(whole), 397):
+        flip(path, position)
+        assert erased.wrong(erased.first)[0].startswith("record: "), position
+        path.write_bytes(whole)
+
+
+def test_blanks_and_parts_of_a_record(erased: Erased) -> None:
+    path = erased.first / "record.json"
+    before = path.read_text()
+    path.write_text(before + "\n")
+    assert erased.wrong(erased.first) == [
+        "record: record.json: its bytes are not as expunge writes them, though its content is"
+    ]
+    path.write_text(before.replace('  "method"', '  "method": "none",\n  "method"', 1))  # readers take either
+    assert "its bytes are not as expunge writes them" in erased.wrong(erased.first)[0]
+    path.write_text(before)
+    edit(erased.first, lambda record: record.pop("notes"))
+    assert "notes is missing" in erased.wrong(erased.first)[0]
+    edit(erased.first, lambda record: record.update(notes=[], extra=1))
+    assert "extra was added" in " ".join(erased.wrong(erased.first))
+    for stripped in ("content_hash", "provenance"):
+        path.write_text(before)
+        edit(erased.first, lambda record, name=stripped: record.pop(name))  # type: ignore[misc]
+        assert "its hashes were stripped" in erased.wrong(erased.first)[0]
+
+
+def test_a_measure_edited(erased: Erased) -> None:
+    def better(record: dict[str, Any]) -> None:
+        record["metrics"]["after"]["retain_accuracy"] = 0.999
+
+    edit(erased.first, better)
+    assert erased.wrong(erased.first) == ["record: record.json: metrics was edited"]
+    edit(erased.first, better, hash_anew=True)  # now the record is whole in itself
+    (line,) = erased.wrong(erased.first)
+    assert line.endswith("entry 1, of this record, is missing or is of other content")
+    assert "measures: measured again, other than recorded: metrics.after.retain_accuracy" in erased.wrong(
+        erased.first, audit=True
+    )
+    assert "the chain is cut: the earlier record" in " ".join(erased.wrong(erased.second))
+
+
+def test_the_chain_cut(erased: Erased) -> None:
+    def unlink(record: dict[str, Any]) -> None:
+        record["provenance"]["parent"] = None
+
+    gone = erased.root / "elsewhere"
+    gone.mkdir()
+    (line,) = erased.wrong(erased.second, elsewhere={"parents": (gone,)})
+    assert line.startswith("chain: the chain is cut: the earlier record")
+    assert line.endswith(f"is not in {gone}, or was edited (name its folder with --parents)")
+    assert not [one for one in verify.verify(erased.second) if one.check == "chain" and not one.ok]  # found beside it
+    edit(erased.second, unlink)
+    assert "record: record.json: provenance or content_hash was edited" in erased.wrong(erased.second)
+    edit(erased.second, unlink, hash_anew=True)
+    told = "the weights say that 3 was forgotten before, and the record names no earlier one"
+    assert f"chain: the chain is cut: {told}" in erased.wrong(erased.second)
+
+
+def test_a_record_that_was_not_at_hand_is_said(erased: Erased, trained: Trained, tmp_path: Path) -> None:
+    lonely = tmp_path / "lonely.safetensors"
+    shutil.copy(erased.first / "unlearned.safetensors", lonely)
+    record = forget(trained, lonely, "5", tmp_path / "out")
+    assert record.provenance is not None
+    assert record.provenance["parent"]["content_hash"] is None
+    assert any("the record of that is not beside them" in note for note in record.notes)
+    found = erased.check(tmp_path / "out")
+    assert (found["chain"][0].ok, found["ledger"][0].ok) == (None, None)
+    assert "the chain begins here" in found["chain"][0].sentence
+
+
+def test_the_retain_sample_changed(erased: Erased) -> None:
+    path = erased.first / SAMPLE
+    whole = path.read_text()
+    content = json.loads(whole)
+    content["hashes"] = content["hashes"][1:]
+    path.write_text(json.dumps(content))
+    told = f"{SAMPLE} was changed: its hashes are not those of the sample that was read"
+    assert erased.wrong(erased.first) == [f"retain sample: {told}"]
+    path.write_text(whole + " ")
+    assert erased.wrong(erased.first) == [f"retain sample: {SAMPLE} was changed, though its hashes were not"]
+    path.write_text("nothing")
+    assert "is no list of retain hashes" in erased.wrong(erased.first)[0]
+    path.write_text(whole)
+    # the data, not the record
+    Image.new("L", (8, 8), 77).save(erased.retain / "7" / "7.png")
+    lines = erased.wrong(erased.first, replay=True)
+    assert "replay: the retain sample is another than was read: 1 images of 96 gone, 1 new" in lines
+    assert any("the erasure gives other weights" in line for line in lines)
+    path.unlink()  # withheld: nothing is wrong, and less is known
+    found = erased.check(erased.first)
+    assert [one.ok for one in found["retain sample"]] == [None]
+
+
+def test_the_configuration_changed(erased: Erased) -> None:
+    def other(record: dict[str, Any]) -> None:
+        record["config"]["settings"] = ["noise_per_class=8"]
+        record["seed"] = 1
+
+    edit(erased.first, other)
+    lines = erased.wrong(erased.first)
+    assert lines[:2] == ["record: record.json: config was edited", "record: record.json: seed was edited"]
+    assert lines[2].startswith("configuration: ")
+    record = record_of(erased.first)
+    edit(erased.first, lambda record: record["config"].update(settings=list(SETTINGS)), hash_anew=True)
+    assert record["seed"] == 1  # hashed anew with another seed: only doing it again tells
+    (entry, line) = erased.wrong(erased.first, replay=True)
+    assert entry.startswith("ledger: ")
+    assert "should give the same bits" in line
+
+
+# The rest of what it says
+
+
+def test_an_image_is_looked_up_without_the_data(erased: Erased, tmp_path: Path) -> None:
+    inside = next((erased.retain / "7").iterdir())
+    outside = tmp_path / "outside.png"
+    Image.new("L", (8, 8), 77).save(outside)
+    shutil.copy(inside, tmp_path / "inside.png")
+    shutil.rmtree(erased.retain)
+    found = erased.check(erased.first, image=tmp_path / "inside.png")["image"]
+    assert found == [Finding("image", True, f"{tmp_path / 'inside.png'} was in the retain sample, as 7")]
+    assert "was not in the retain sample, pixel for pixel" in erased.wrong(erased.first, image=outside)[0]
+    with pytest.raises(InputError, match="no image at"):
+        erased.check(erased.first, image=tmp_path / "none.png")
+
+
+def test_hashes_of_one_image_differ_between_records(erased: Erased) -> None:
+    first, second = (provenance.read_samples(folder / SAMPLE) for folder in (erased.first, erased.second))
+    assert first.salt != second.salt
+    assert not set(first.hashes) & set(second.hashes)  # though the sample is the same
+    assert first.fingerprint != second.fingerprint
+    assert SampleHashes(first.salt, first.hashes).fingerprint == first.fingerprint
+
+
+def test_elsewhere_a_replay_may_be_a_little_off_and_says_what_differs(
+    erased: Erased, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = environment
+
+    def other(model: nn.Module) -> dict[str, Any]:
+        return real(model) | {"cpu": "VSX"}
+
+    run = erase
+
+    def nudged(*arguments: Any, **more: Any) -> Any:
+        done = run(*arguments, **more)
+        with torch.no_grad():
+            next(done.unlearned.parameters()).mul_(factor)
+        return done
+
+    monkeypatch.setattr(verify, "environment", other)
+    monkeypatch.setattr(verify, "erase", nudged)
+    factor = 1.0001
+    (found,) = erased.check(erased.first, replay=True)["replay"]
+    assert found.ok
+    assert "different here, which alone can change bits: cpu" in found.sentence
+    assert "-> VSX" in found.sentence
+    factor = 9.0
+    (found,) = erased.check(erased.first, replay=True)["replay"]
+    assert found.ok is False
+    monkeypatch.setattr(verify, "environment", real)
+    factor = 1.0001
+    (found,) = erased.check(erased.first, replay=True)["replay"]
+    assert found.ok is False
+    assert "should give the same bits" in found.sentence
+
+
+def test_other_code_is_said(erased: Erased, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = provenance.code_digests()
+    monkeypatch.setattr(verify, "code_digests", lambda: here | {"source": "0" * 64})
+    (found,) = erased.check(erased.first)["code"]
+    assert (found.ok, "made by other code" in found.sentence) == (None, True)
+
+
+def test_mistakes_are_one_line(erased: Erased, tmp_path: Path) -> None:
+    refuse("with a record.json; got", None, "verify", str(tmp_path / "none"))
+    words = ["verify", str(erased.first)]
+    refuse("whose code would be run: confirm it with --model", None, *words, "--replay")
+    words += ["--model", erased.trained.model]
+    missing = str(tmp_path / "none.safetensors")
+    refuse("name the original weights with --weights", None, *words, "--replay", "--weights", missing)
+    refuse("no data at '/no/such/folder'", None, *words, "--replay", "--data", "/no/such/folder")
+    refuse("no ledger at", None, *words, "--ledger", missing)
+    refuse("cannot read the key", None, *words, "--key", missing)
+
+
+def test_a_record_hashed_anew_without_parts_is_no_traceback(erased: Erased) -> None:
+    def strip(record: dict[str, Any]) -> None:
+        record["provenance"]["weights"] = {}
+
+    edit(erased.first, strip, hash_anew=True)
+    assert "record: record.json lacks a part that expunge writes" in erased.wrong(erased.first)[0]
+
+
+# Hashes, on their own
+
+
+def test_a_streamed_sample_has_the_hashes_of_a_staged_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = draw(open_source("digits").train, per_class=5, seed=0)
+    preprocessing = Preprocessing(size=(8, 8), mean=(0.3,), std=(0.38,))
+    salt = provenance.new_salt()
+    staged = stage(table, preprocessing)
+    found = provenance.hash_samples(staged, table, preprocessing, salt=salt, skip_bad=False)
+    monkeypatch.setattr(data, "STAGE_LIMIT_BYTES", 100)
+    streamed = stage(table, preprocessing)
+    assert isinstance(streamed.dataset, StreamedImages)
+    assert provenance.hash_samples(streamed, table, preprocessing, salt=salt, skip_bad=False) == found
+    assert len(set(found.hashes)) == 50
+    image, label = staged.dataset[0]
+    assert provenance.sample_hash(salt, image, int(label)) in found.hashes
+    assert provenance.sample_hash(salt, image, int(label) + 1) not in found.hashes
+
+
+def test_the_hash_of_tensors_is_that_of_no_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = AllCNN(3, 1)
+    state = {name: value.contiguous() for name, value in model.state_dict().items()}
+    save_file(state, tmp_path / "w.safetensors")
+    torch.save(dict(reversed(state.items())), tmp_path / "w.pt")
+    one, two = weights_digests(tmp_path / "w.safetensors"), weights_digests(tmp_path / "w.pt")
+    assert one["tensors"] == two["tensors"] == tensors_digest(model.state_dict())
+    assert one["file"] != two["file"]
+    channels_last = {
+        name: value.to(memory_format=torch.channels_last) if value.ndim == 4 else value for name, value in state.items()
+    }
+    assert tensors_digest(channels_last) == one["tensors"]
+    for name, other in (("name", {"x" + key: value for key, value in state.items()}),
+                        ("dtype", {key: value.double() for key, value in state.items()}),
+                        ("shape", {key: value.reshape(-1) for key, value in state.items()})):  # fmt: skip
+        assert tensors_digest(other) != one["tensors"], name
+    tied = {**load_file(tmp_path / "w.safetensors")}
+    tied["zz"] = next(iter(tied.values()))
+    assert tensors_digest(tied) == one["tensors"]  # as safetensors would store it
+    assert len(tensors_digest({"a": torch.empty(0), "b": torch.tensor(1.0, dtype=torch.bfloat16)})) == 64
+
+
+def test_relative_distance() -> None:
+    first = {"a": torch.tensor([3.0, 4.0]), "n": torch.tensor(3)}
+    assert relative_distance({"a": torch.tensor([3.0, 3.5]), "n": torch.tensor(9)}, first) == pytest.approx(0.1)
+    assert relative_distance({"a": torch.zeros(3)}, first) == float("inf")
+    assert relative_distance({}, first) == float("inf")
+
+
+def test_code_of_another_folder_has_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "__init__.py").write_text("")
+    before = provenance.code_digests()
+    monkeypatch.setattr(provenance, "PACKAGE", tmp_path)
+    found = provenance.code_digests()
+    assert (found["commit"], found["modified"]) == (None, None)
+    assert found["source"] != before["source"]
