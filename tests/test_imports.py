@@ -23,6 +23,7 @@ LAYERS = (
     {"workspace", "methods", "verdict"},
     {"evaluation"},
     {"commands"},
+    {"bench"},
     {"cli"},
 )
 LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}
