@@ -44,6 +44,7 @@ class Cost:
     """The cost of one run of a method; judging it is no part of that."""
 
     seconds: float  # wall clock
+    cpu_seconds: float  # of all threads: what a busy machine does not change
     steps: int  # optimizer steps
     samples_retain: int  # retained samples that went through training, repeats counted
     samples_forget: int  # samples of the classes to forget, likewise
@@ -70,11 +71,11 @@ def measured(
     """
     journal, memory = Journal(), _PeakMemory(device_of(model))
     memory.start()
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     result = run(journal)
     if device_of(model).type == "cuda":
         torch.cuda.synchronize(device_of(model))
-    seconds = time.perf_counter() - started
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - worked
     peak = memory.stop()
     flops: int | None = None
     if count_flops:
@@ -85,6 +86,7 @@ def measured(
     retain, forgotten, synthetic = samples_of(journal.phases, forget)
     cost = Cost(
         seconds=seconds,
+        cpu_seconds=cpu_seconds,
         steps=sum(phase.steps for phase in journal.phases if phase.name != "answers"),
         samples_retain=retain,
         samples_forget=forgotten,

@@ -32,6 +32,7 @@ from expunge.files import json_writer, write_atomically
 
 LEASE_SECONDS = 60.0  # without a sign of life from another machine until its work is taken over
 PAUSE_SECONDS = 0.5  # between looks at the folder, while others work on all that is left
+WATCH_SECONDS = 2.0  # between looks of a process that only tells what its workers finish
 
 Told = Callable[[Item, Mapping[str, Any]], None]
 """Called with each item and its record when it is first seen to be done or failed."""
@@ -133,7 +134,7 @@ def _do(item: Item, work: Work, lab: Lab, lease: SoftFileLease) -> None:
     """Do one item and write its record: what came of it, or the error."""
     folder = folder_of(item, work.out)
     _clear_temporaries(folder)
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     content: dict[str, Any] = {}
     error: dict[str, Any] | None = None
     failed = [need.id for need in item.needs if work.settled(need) == "failed"]
@@ -150,6 +151,7 @@ def _do(item: Item, work: Work, lab: Lab, lease: SoftFileLease) -> None:
         "error": error,
         "attempts": (failed_attempts(folder) or 0) + 1,
         "seconds": time.perf_counter() - started,
+        "cpu_seconds": time.process_time() - worked,
         "asked": _asked(item),
     }
     if lease.compromise is not None:  # stopped for too long: somebody else does it now, and this result is not wanted
@@ -227,7 +229,7 @@ def _work_in_processes(work: Work, jobs: int, told: Told | None) -> None:
     try:
         while any(worker.is_alive() for worker in workers):
             _tell(work, told, told_of)
-            time.sleep(PAUSE_SECONDS)
+            time.sleep(WATCH_SECONDS)
     except BaseException:
         for worker in workers:
             worker.terminate()

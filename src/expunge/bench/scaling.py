@@ -17,7 +17,7 @@ from expunge.metrics import Interval
 FACTORS = ("num_forget_classes", "retain_per_class", "parameters")
 """What is varied, one at a time: columns of the tidy table."""
 
-COSTS = ("seconds", "steps", "samples", "flops", "peak_memory_bytes")
+COSTS = ("seconds", "cpu_seconds", "steps", "samples", "flops", "peak_memory_bytes")
 """What is watched: columns of the tidy table, and `samples`, the sum of those of each kind."""
 
 

@@ -247,7 +247,7 @@ def _grid(
     """Return methods x originals x training seeds x sets of classes, each method by default and, with trials, tuned.
 
     Tuned once for each original's data and model: on its training seed 0 and the first set of classes. FLOPs are
-    counted on training seed 0.
+    counted there too.
     """
     chosen = request.methods or tuple(methods) or tuple(METHODS)
     trials = request.trials or trials
@@ -267,7 +267,7 @@ def _grid(
                         test_per_class=test_per_class,
                         reference=reference,
                         audits=request.audits,
-                        count_flops=seed == 0,
+                        count_flops=seed == 0 and forget == wanted[0],
                     )
                     cells += [replace(cell, preset=preset) for preset in presets]
                     if trials > 1 and METHODS[method].space:

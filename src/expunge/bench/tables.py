@@ -37,7 +37,8 @@ COLUMNS: Mapping[str, Any] = {
     "zero_retrain_forgetting": REAL, "weight_distance_to_retrained": REAL,
     "original_linear_probe": REAL, "retrained_linear_probe": REAL, "linear_probe": REAL, "linear_probe_gap": REAL,
     "original_nearest_class_mean": REAL, "retrained_nearest_class_mean": REAL, "nearest_class_mean": REAL,
-    "seconds": REAL, "steps": WHOLE, "samples_retain": WHOLE, "samples_forget": WHOLE, "samples_synthetic": WHOLE,
+    "seconds": REAL, "cpu_seconds": REAL, "steps": WHOLE,
+    "samples_retain": WHOLE, "samples_forget": WHOLE, "samples_synthetic": WHOLE,
     "flops": WHOLE, "peak_memory_bytes": WHOLE, "memory_of": TEXT, "reference_seconds": REAL,
     "tuning_trials": WHOLE, "tuning_seconds": REAL, "tuning_score": REAL, "selected_by": TEXT,
     "device": TEXT, "threads": WHOLE, "torch": TEXT, "expunge": TEXT,
@@ -173,6 +174,7 @@ FIGURES = (
     Figure("linear_probe", "probe %", _column("linear_probe", 100)),
     Figure("linear_probe_gap", "probe gap", _size("linear_probe_gap"), "low"),
     Figure("seconds", "s", _column("seconds")),
+    Figure("cpu_seconds", "CPU s", _column("cpu_seconds")),
     Figure("steps", "steps", _column("steps"), None, 0),
     Figure("flops", "GFLOP", _column("flops", 1e-9)),
     Figure("peak_memory_bytes", "MB", _column("peak_memory_bytes", 1e-6), None, 0),
@@ -336,10 +338,10 @@ def _explained(rows: Sequence[Row]) -> str:
     return (
         f"{len(done)} cells done, {len(rows) - len(done)} failed, {seeds} training seeds. Measured on: {machines}.\n\n"
         "Mean ± half of the 95 % Student interval over n seeds. A_f, A_r: accuracy on held-out samples of the "
-        "forgotten and of the other classes. Gaps are distances to the model retrained without the classes, in points; ToW: tug "
-        "of war, 1 is like the retrained one; probe: accuracy of a linear probe of the last features on the forgotten "
-        "classes. **Bold**: nearest to the retrained model, where its interval overlaps no other method's (controls "
-        "stand aside)."
+        "forgotten and of the other classes. Gaps: distance to the model retrained without the classes, in points. "
+        "ToW: tug of war, 1 is like the retrained one. Probe: accuracy of a linear probe of the last features on the "
+        "forgotten classes. **Bold**: nearest to the retrained model, where the interval overlaps no other method's "
+        "(controls stand aside)."
     )
 
 
