@@ -160,9 +160,11 @@ def test_score() -> None:
 
 @pytest.mark.parametrize("zero_glance", [True, False])
 def test_tuning_takes_the_best_trial_and_holds_out_what_it_looks_at(tiny: Tiny, zero_glance: bool) -> None:
-    retain = tiny.split.retain
+    retain, test = tiny.split.retain, tiny.split.test
     assert isinstance(retain, TensorImages)
-    threes = TensorImages(retain.images[:20], torch.full((20,), 3))
+    assert isinstance(test, TensorImages)
+    rows = (test.labels == 3).nonzero().flatten()[:20]
+    threes = TensorImages(test.images[rows], test.labels[rows])
     given: list[Split] = []
 
     def run(model: nn.Module, split: Split, config: Any, *, seed: int, journal: Journal | None) -> nn.Module:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from expunge.audits import AUDITS
 from expunge.bench.cells import Cell, Original, Tuning, slug
 from expunge.commands import TRAIN_DEFAULT
 from expunge.errors import InputError
@@ -68,6 +69,9 @@ def suite_cells(name: str, request: Request) -> list[Cell]:
     unknown = [method for method in request.methods if method not in METHODS]
     if unknown:
         raise InputError(f"unknown method {unknown[0]!r}: expected some of {', '.join(METHODS)}")
+    unknown = [audit for audit in request.audits if audit not in AUDITS]
+    if unknown:
+        raise InputError(f"unknown audit {unknown[0]!r}: expected some of {', '.join(AUDITS)}")
     if request.seeds is not None and request.seeds < 1:
         raise InputError(f"expected --seeds of at least 1, got {request.seeds}")
     if request.trials is not None and request.trials < 1:
