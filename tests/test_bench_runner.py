@@ -18,7 +18,7 @@ from expunge.bench import lab as lab_module
 from expunge.bench.cells import Cell, Item, Original, Tuning, folder_of, with_needs
 from expunge.bench.lab import Lab
 from expunge.bench.records import read
-from expunge.bench.runner import LEASE_SECONDS, run_cells
+from expunge.bench.runner import LEASE_SECONDS, run_cells, submit_cells
 from expunge.bench.tables import Row, tidy_rows
 from expunge.methods import METHODS
 from expunge.schema import TrainConfig
@@ -181,6 +181,15 @@ def test_a_cell_says_what_was_asked_and_what_it_cost(tmp_path: Path) -> None:
     assert cost["samples_synthetic"] == 0
     assert record["bench"]["sizes"] == {"retain": 180, "forget": 40, "test": 100, "classes": 10}
     assert set(record["bench"]["probes"]) == {"before", "after", "retrained"}
+
+
+@pytest.mark.slow
+def test_jobs_of_a_cluster(tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    cells, out = tiny_cells(tmp_path, methods=("none",)), tmp_path / "out"
+    for job in submit_cells(cells, out, jobs=2, cluster="local", parameters={"timeout_min": 5}):
+        assert job.result().failed == ()
+    assert [row["status"] for row in tidy_rows(cells, out)] == ["done", "done"]
 
 
 def test_a_lease_outlives_a_slow_step() -> None:

@@ -143,7 +143,8 @@ def submit_command(
     """
     cells = plan(suite, request, out).cells
     try:
-        return submit_cells(cells, out, jobs=jobs, cluster=cluster, parameters=parameters)
+        submitted = submit_cells(cells, out, jobs=jobs, cluster=cluster, parameters=parameters)
+        return [str(job.job_id) for job in submitted]
     except ImportError as error:
         raise InputError("a cluster needs submitit: pip install 'expunge[slurm]'") from error
     except (RuntimeError, FileNotFoundError) as error:  # submitit's, where there is no sbatch

@@ -259,8 +259,8 @@ def submit_cells(
     cluster: str = "slurm",
     parameters: Mapping[str, Any],
     retry_failed: bool = False,
-) -> list[str]:
-    """Submit `jobs` jobs that each run the same cells on the shared folder; return the ids of the jobs.
+) -> list[Any]:
+    """Submit `jobs` jobs that each run the same cells on the shared folder; return them, as submitit does.
 
     Args:
         cluster: of submitit: slurm, or local to try it on one machine.
@@ -274,5 +274,4 @@ def submit_cells(
     executor = submitit.AutoExecutor(folder=out / "jobs" / "%j", cluster=cluster)
     executor.update_parameters(name="expunge-bench", **parameters)
     with executor.batch():
-        submitted = [executor.submit(run_cells, cells, out, retry_failed=retry_failed) for _ in range(jobs)]
-    return [str(job.job_id) for job in submitted]
+        return [executor.submit(run_cells, cells, out, retry_failed=retry_failed) for _ in range(jobs)]
