@@ -43,6 +43,7 @@ def test_quick_has_every_method_by_default_and_tuned_where_there_is_a_range() ->
     assert {cell.method for cell in cells} == set(METHODS)
     assert {cell.method for cell in cells if cell.tuning} == {name for name, one in METHODS.items() if one.space}
     assert len({cell.original.seed for cell in cells}) >= 2
+    assert all(cell.seed == cell.original.seed for cell in cells)  # no draw is shared by the values of an interval
     assert {cell.tuning.trials for cell in cells if cell.tuning} == {4}  # the same for all
     assert all(cell.original.data == "digits" for cell in cells)
 

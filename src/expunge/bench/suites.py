@@ -250,8 +250,9 @@ def _grid(
 ) -> list[Cell]:
     """Return methods x originals x training seeds x sets of classes, each method by default and, with trials, tuned.
 
-    Tuned once for each original's data and model: on its training seed 0 and the first set of classes. FLOPs are
-    counted there too.
+    Each training seed is the unlearning seed too: with one for all, a method that starts from fresh weights would give
+    one model thrice, and its interval no width. Tuned once for each original's data and model: on its training seed 0
+    and the first set of classes. FLOPs are counted there too.
     """
     chosen = request.methods or tuple(methods) or tuple(METHODS)
     trials = request.trials or trials
@@ -267,6 +268,7 @@ def _grid(
                         original=original,
                         forget=forget,
                         method=method,
+                        seed=seed,
                         retain_per_class=retain_per_class,
                         test_per_class=test_per_class,
                         reference=reference,
