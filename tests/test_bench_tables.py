@@ -12,6 +12,7 @@ import pytest
 
 from expunge.bench.plots import cost_against_quality, forget_against_retain, growth
 from expunge.bench.scaling import fit_exponent, growth_table, growths
+from expunge.bench.suites import SUITES
 from expunge.bench.tables import (
     COLUMNS,
     Row,
@@ -153,3 +154,11 @@ def test_growth_varies_one_factor_at_a_time(tmp_path: Path) -> None:
     assert "| a | 1.00 [1.00, 1.00] |" in growth_table(list(found.values()))
     growth([found["parameters", "seconds"]], "seconds", "parameters")(tmp_path / "g.svg")
     assert "a: 0.50" in (tmp_path / "g.svg").read_text()
+
+
+def test_columns_and_suites_are_documented() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "bench.md").read_text(encoding="utf-8")
+    for name in COLUMNS:
+        assert f"`{name.removeprefix('original_').removeprefix('retrained_')}`" in text, name
+    for name in SUITES:
+        assert f"expunge bench {name} " in text, name
