@@ -23,7 +23,7 @@ LAYERS = (
     {"workspace", "methods", "verdict", "provenance"},
     {"evaluation"},
     {"commands"},
-    {"verify"},
+    {"verify", "bench"},
     {"cli"},
 )
 LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}

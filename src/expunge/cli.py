@@ -15,6 +15,7 @@ from rich.console import Console
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from expunge.bench.command import Line, Plan
     from expunge.commands import Outcome, RecordOptions
     from expunge.journal import Journal
     from expunge.schema import Phase, Record
@@ -397,6 +398,182 @@ def audit(
         verdict = outcome.record.verdict
         if verdict is not None and any(verdict[name]["answer"] == "no" for name in LAYERS):
             raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    suite: Annotated[
+        str,
+        typer.Argument(
+            metavar="SUITE",
+            help="quick (digits, no download), slice (of CIFAR-10), field, paper, scaling, or own (your weights).",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where records, tables and plots go; shared, if you like.")],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SRC",
+            help="CIFAR-10 (slice, field), the folder with cifar10, cifar100 and yaleb (paper), or your data (own).",
+            rich_help_panel="What",
+        ),
+    ] = None,
+    classes: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="A,B", help="Forget these together; repeated: another set each time.", rich_help_panel="What"
+        ),
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Only these methods.", rich_help_panel="What")
+    ] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Training seeds (own: unlearning seeds).", rich_help_panel="What"),
+    ] = None,
+    trials: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Runs that each method may spend on finding its settings, besides; 1: none.",
+            rich_help_panel="What",
+        ),
+    ] = None,
+    audits: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="Attacks of expunge audit, on every cell.", rich_help_panel="What"),
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(metavar="W", help="Your trained weights.", rich_help_panel="Your own (suite own)")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPEC",
+            help=f"{SPEC_HELP}. Not needed where the weights say it.",
+            rich_help_panel="Your own (suite own)",
+        ),
+    ] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="To train the retrained models; by default what the weights say, else 12. 0: train none.",
+            rich_help_panel="Your own (suite own)",
+        ),
+    ] = None,
+    retain_per_class: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Retained images of each class; by default all.",
+            rich_help_panel="Your own (suite own)",
+        ),
+    ] = None,
+    jobs: Annotated[int, typer.Option(metavar="N", help="Processes, or jobs on a cluster.")] = 1,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Do failed cells again.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells, and do nothing.")] = False,
+    slurm: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PARTITION", help="Submit to SLURM instead, and leave; needs submitit.", rich_help_panel="Cluster"
+        ),
+    ] = None,
+    slurm_hours: Annotated[
+        float, typer.Option(metavar="H", help="Time limit of a job.", rich_help_panel="Cluster")
+    ] = 4.0,
+    slurm_gpus: Annotated[int, typer.Option(min=0, help="GPUs of a job.", rich_help_panel="Cluster")] = 0,
+    label_column: LabelColumn = None,
+    image_column: ImageColumn = None,
+    class_names: ClassNames = None,
+    skip_bad: SkipBad = False,
+    size: Size = None,
+    mean: Mean = None,
+    std: Std = None,
+    channels: Channels = None,
+    device: Device = None,
+    quiet: Quiet = False,
+) -> None:
+    """Lay methods side by side: each by default and tuned, with intervals, cost, and the distance to retraining.
+
+    Every cell is done once and kept: interrupted or killed, the same command goes on. Several processes and machines
+    may run it on one folder. A cell that fails is recorded with its error; the rest goes on, and it leaves with 1.
+    """
+    with _user_errors("finished cells are kept: run the same command again to go on"):
+        from expunge.bench.command import bench_command, plan, submit_command
+        from expunge.bench.suites import Request
+
+        options = (
+            _data_options(data, label_column, image_column, class_names, size, mean, std, channels, skip_bad)
+            if data is not None
+            else None
+        )
+        request = Request(
+            data=options,
+            classes=tuple(_list(one) for one in classes or ()),
+            methods=_list(methods),
+            seeds=seeds,
+            trials=trials,
+            audits=_list(audits),
+            model=model,
+            weights=weights,
+            epochs=epochs,
+            retain_per_class=retain_per_class,
+        )
+        if dry_run:
+            _show_plan(plan(suite, request, out))
+            return
+        if slurm is not None:
+            parameters = {
+                "slurm_partition": slurm,
+                "timeout_min": max(1, round(60 * slurm_hours)),
+                "gpus_per_node": slurm_gpus,
+            }
+            names = submit_command(suite, request, out, jobs=jobs, parameters=parameters)
+            typer.echo(f"Submitted {', '.join(names)}. The same command without --slurm writes the tables.")
+            return
+        told = None if quiet else _show_line
+        outcome = bench_command(suite, request, out, jobs=jobs, retry_failed=retry_failed, device=device, told=told)
+        result = outcome.result
+        if not quiet:
+            lost = f", {len(result.missing)} not done (a process died: run it again)" if result.missing else ""
+            typer.echo(f"{result.cells} cells: {len(result.failed)} failed{lost}")
+            for name in result.failed:
+                typer.echo(f"failed: {name} (--retry-failed does it again)")
+            typer.echo(f"Wrote {', '.join(str(path) for path in outcome.files)}")
+        if result.failed or result.missing:
+            raise typer.Exit(1)
+
+
+def _show_plan(found: Plan) -> None:
+    for cell in found.cells:
+        typer.echo(cell.id)
+    typer.echo(
+        f"{len(found.cells)} cells ({found.done} done, {found.failed} failed), {found.models} models to train, "
+        f"{found.tunings} searches for settings"
+    )
+
+
+def _show_line(line: Line) -> None:
+    """Tell of one finished item: what came of it, and how long the rest will take."""
+    about = line.record["item"]
+    if about["status"] == "failed":
+        came = f"FAILED: {about['error']['type']}: {about['error']['message']}"
+    elif about["kind"] == "cell":
+        after = line.record["metrics"]["after"]
+        came = f"A_f {_percent(after['forget_accuracy'])}, A_r {_percent(after['retain_accuracy'])}"
+    elif about["kind"] == "tuning":
+        came = f"{' '.join(line.record['settings']) or 'as by default'} ({len(line.record['trials'])} trials)"
+    else:
+        training = line.record["training"]
+        came = f"test accuracy {_percent(training['test_accuracy'])}" if training else "as given"
+    left = line.seconds_left or 0
+    wait = f"{left:.0f} s" if left < 90 else f"{left / 60:.0f} min" if left < 5400 else f"{left / 3600:.1f} h"
+    typer.echo(
+        f"[{line.number}/{line.total}] {line.item.id}: {came}; {about['seconds']:.1f} s; about {wait} left", err=True
+    )
 
 
 @app.command()

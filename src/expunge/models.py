@@ -172,10 +172,13 @@ class AllCNN(nn.Module):
     """All-CNN-C: nine convolutions and no fully connected layer, for 32 x 32 images (any size from 8 x 8 on works).
 
     Source: Springenberg et al., Striving for Simplicity, arXiv:1412.6806, table 1. BatchNorm after each convolution,
-    as the unlearning papers use it; `batch_norm=False` gives the original.
+    as the unlearning papers use it; `batch_norm=False` gives the original. `width` is that of the first stage, and the
+    others have twice as many channels.
     """
 
-    def __init__(self, num_classes: int, channels: int = 3, *, batch_norm: bool = True, dropout: bool = True) -> None:
+    def __init__(
+        self, num_classes: int, channels: int = 3, *, width: int = 96, batch_norm: bool = True, dropout: bool = True
+    ) -> None:
         super().__init__()
 
         def convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> list[nn.Module]:
@@ -187,18 +190,18 @@ class AllCNN(nn.Module):
 
         self.features = nn.Sequential(
             *drop(0.2),
-            *convolution(channels, 96, 3),
-            *convolution(96, 96, 3),
-            *convolution(96, 96, 3, 2),
+            *convolution(channels, width, 3),
+            *convolution(width, width, 3),
+            *convolution(width, width, 3, 2),
             *drop(0.5),
-            *convolution(96, 192, 3),
-            *convolution(192, 192, 3),
-            *convolution(192, 192, 3, 2),
+            *convolution(width, 2 * width, 3),
+            *convolution(2 * width, 2 * width, 3),
+            *convolution(2 * width, 2 * width, 3, 2),
             *drop(0.5),
-            *convolution(192, 192, 3),
-            *convolution(192, 192, 1),
+            *convolution(2 * width, 2 * width, 3),
+            *convolution(2 * width, 2 * width, 1),
         )
-        self.classifier = nn.Conv2d(192, num_classes, 1)
+        self.classifier = nn.Conv2d(2 * width, num_classes, 1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         maps: torch.Tensor = self.classifier(self.features(images))

@@ -106,4 +106,6 @@ METHOD = Method(
     presets={"default": BadTeacherConfig, "published": BadTeacherConfig.published},
     reads=frozenset({"retain", "forget"}),
     source="Chundawat et al., arXiv:2205.08096",
+    # 1e-4: authors' notebook. No range was published: upwards from there, as small networks need
+    space={"training.lr": (1e-4, 3e-4, 1e-3, 3e-3), "training.epochs": (1, 4)},
 )

@@ -260,6 +260,8 @@ SHRINK = Method(
     },
     reads=frozenset({"forget"}),
     source="Chen et al., CVPR 2023, arXiv:2303.11570",
+    # 1e-5: authors' code; 5e-5: scripts.sh of DELETE; 1e-4: `small`
+    space={"training.lr": (1e-5, 5e-5, 1e-4)},
 )
 
 EXPAND = Method(
@@ -274,6 +276,8 @@ EXPAND = Method(
     },
     reads=frozenset({"forget"}),
     source="Chen et al., CVPR 2023, arXiv:2303.11570",
+    # 1e-5: authors' code; 8e-4: scripts.sh of DELETE; and between
+    space={"training.lr": (1e-5, 1e-4, 3e-4, 8e-4)},
 )
 
 METHODS = (SHRINK, EXPAND)

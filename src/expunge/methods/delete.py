@@ -102,4 +102,6 @@ METHOD = Method(
     presets={"default": DeleteConfig, "published": DeleteConfig.published},
     reads=frozenset({"forget"}),
     source="Zhou et al., CVPR 2025, arXiv:2503.23751",
+    # 1e-3 and drifting statistics: the authors' default. No range of rates was published: one step each way
+    space={"training.lr": (3e-4, 1e-3, 3e-3), "frozen_norms": (True, False)},
 )

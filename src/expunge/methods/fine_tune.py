@@ -68,4 +68,6 @@ METHOD = Method(
     presets={"default": FineTuneConfig, "strong": FineTuneConfig.strong},
     reads=frozenset({"retain"}),
     source="Golatkar et al., arXiv:1911.04933",
+    # 0.01: README of Unlearn-Sparse; 0.02: scripts.sh of DELETE; 0.1: the rate that trains anew in the former
+    space={"training.lr": (0.01, 0.02, 0.05, 0.1)},
 )

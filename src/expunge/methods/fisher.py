@@ -177,4 +177,6 @@ METHOD = Method(
     presets={"default": FisherConfig, "small": FisherConfig.small},
     reads=frozenset({"retain"}),
     source="Golatkar et al., arXiv:1911.04933",
+    # 1e-6: notebook; 1e-7: scripts.sh of DELETE; 2e-8 to 3e-8: run.py of Unlearn-Sparse; 0.5: proposition 4
+    space={"alpha": (3e-8, 1e-7, 1e-6), "power": (0.5, 1.0)},
 )

@@ -133,4 +133,6 @@ METHOD = Method(
     presets={"default": JitConfig, "vit": JitConfig.vit, "small": JitConfig.small},
     reads=frozenset({"forget"}),
     source="Foster et al., arXiv:2402.01401",
+    # the authors' settings for a VGG11 and a transformer, and between: see the presets
+    space={"training.lr": (3e-4, 3e-3, 3e-2), "deviation": (0.5, 0.8)},
 )

@@ -98,4 +98,6 @@ METHOD = Method(
     presets={"default": L1SparseConfig, "small": L1SparseConfig.small},
     reads=frozenset({"retain"}),
     source="Jia et al., arXiv:2304.04934",
+    # 0.01: README of Unlearn-Sparse; 5e-4: re-implementations. No range was published: up from there, see `small`
+    space={"training.lr": (0.01, 0.03, 0.1), "penalty": (1e-4, 5e-4, 1e-3)},
 )

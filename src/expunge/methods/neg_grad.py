@@ -80,4 +80,6 @@ METHOD = Method(
     presets={"default": NegGradConfig, "published": NegGradConfig.published},
     reads=frozenset({"forget"}),
     source="Golatkar et al., arXiv:1911.04933",
+    # 1e-5: scripts.sh of DELETE; 1e-4 and 1e-3: README and run.py of Unlearn-Sparse
+    space={"training.lr": (1e-5, 1e-4, 2.5e-4, 1e-3)},
 )

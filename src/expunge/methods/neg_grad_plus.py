@@ -99,4 +99,6 @@ METHOD = Method(
     presets={"default": NegGradPlusConfig, "published": NegGradPlusConfig.published},
     reads=frozenset({"retain", "forget"}),
     source="Kurmanji et al., arXiv:2302.09880",
+    # 0.01 and 0.95: authors' notebook. No range was published: one step each way
+    space={"training.lr": (0.005, 0.01, 0.02, 0.05), "beta": (0.9, 0.95, 0.99)},
 )

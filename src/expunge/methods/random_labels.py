@@ -89,4 +89,6 @@ METHOD = Method(
     presets={"default": RandomLabelsConfig, "amnesiac": RandomLabelsConfig.amnesiac},
     reads=frozenset({"retain", "forget"}),
     source="Golatkar et al., arXiv:1911.04933; Graves et al., arXiv:2010.10981",
+    # 3e-4: scripts.sh of DELETE; 0.01: run.py of Unlearn-Sparse; 0.1: README of Unlearn-Saliency
+    space={"training.lr": (3e-4, 1e-3, 0.01, 0.1)},
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -29,6 +29,8 @@ class Method:
     presets: Mapping[str, Callable[[], Any]]  # makers of a config by name; "default" among them
     reads: frozenset[str]  # of READS; "nothing" stands alone
     source: str  # paper, with arXiv number
+    # what tuning may try: values of settings, named as `--set` names them; the source stands beside. Empty: nothing
+    space: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.reads or not self.reads <= set(READS) or ("nothing" in self.reads and len(self.reads) > 1):

@@ -126,4 +126,6 @@ METHOD = Method(
     presets={"default": SalunConfig},
     reads=frozenset({"retain", "forget"}),
     source="Fan et al., arXiv:2310.12508",
+    # rates: 0.1 in the README of Unlearn-Saliency, 0.01 a tenth of it; shares: of generate_mask.py there
+    space={"training.lr": (0.01, 0.03, 0.1), "share": (0.1, 0.3, 0.5)},
 )

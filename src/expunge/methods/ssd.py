@@ -175,4 +175,6 @@ METHOD = Method(
     presets={"default": SsdConfig, "vit": SsdConfig.vit, "faces": SsdConfig.faces},
     reads=frozenset({"retain", "forget"}),
     source="Foster et al., arXiv:2308.07707",
+    # the authors' settings for their three cases: see the presets
+    space={"selection": (5.0, 10.0, 50.0), "dampening": (0.1, 1.0)},
 )

@@ -322,4 +322,5 @@ METHOD = Method(
     },
     reads=frozenset({"retain", "forget"}),
     source="Kodge et al., TMLR 2024, arXiv:2312.00761",
+    # no space: the method searches its scalings itself, over the authors' range
 )

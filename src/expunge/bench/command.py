@@ -1,0 +1,204 @@
+"""`expunge bench` as a function: a suite in, a folder of records, tables and plots out."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from expunge.bench.cells import Cell, Item, Tuning, folder_of, with_needs
+from expunge.bench.plots import cost_against_quality, forget_against_retain, growth
+from expunge.bench.records import status_of
+from expunge.bench.runner import Result, run_cells, submit_cells
+from expunge.bench.scaling import FACTORS, growth_table, growths
+from expunge.bench.suites import Request, suite_cells
+from expunge.bench.tables import csv_writer, latex, markdown, parquet_writer, summarize, tidy_rows
+from expunge.commands import check_writable
+from expunge.data import open_source, resolve_classes
+from expunge.errors import InputError
+from expunge.files import write_atomically
+from expunge.workspace import align
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a benchmark did."""
+
+    result: Result
+    files: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a benchmark would do."""
+
+    cells: tuple[Cell, ...]
+    done: int  # cells that are there already
+    failed: int
+    models: int  # to be trained, originals and references, those that are there among them
+    tunings: int  # searches for settings, likewise
+
+
+@dataclass(frozen=True)
+class Line:
+    """One finished item, as it is told while the benchmark runs."""
+
+    number: int  # items finished so far
+    total: int
+    item: Item
+    record: Mapping[str, Any]
+    seconds_left: float | None  # None: nothing to tell from yet
+
+
+@dataclass
+class Pace:
+    """Tells how long the rest will take, from how long items of the same kind and method took."""
+
+    items: Sequence[Item]
+    jobs: int
+    told: Callable[[Line], None]
+    _took: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    _finished: set[str] = field(default_factory=set)
+
+    def __call__(self, item: Item, record: Mapping[str, Any]) -> None:
+        """Count a finished item, and tell of it."""
+        self._finished.add(item.id)
+        seconds = record["item"]["seconds"]
+        for key in (_key(item), type(item).__name__, ""):
+            self._took[key].append(seconds)
+        left = [self._guess(other) for other in self.items if other.id not in self._finished]
+        self.told(Line(len(self._finished), len(self.items), item, record, sum(left) / self.jobs))
+
+    def _guess(self, item: Item) -> float:
+        keys = (_key(item), type(item).__name__, "")
+        return next(fmean(self._took[key]) for key in keys if self._took[key])
+
+
+def _key(item: Item) -> str:
+    name = type(item).__name__
+    variant = f" {item.method} {item.preset}" if isinstance(item, Cell | Tuning) else ""
+    return f"{name}{variant}{' counted' if isinstance(item, Cell) and item.count_flops else ''}"
+
+
+def plan(suite: str, request: Request, out: Path) -> Plan:
+    """Return what `bench_command` would do, having checked all that can be checked without doing it.
+
+    Raises:
+        InputError: as there.
+    """
+    cells = suite_cells(suite, request)
+    check_writable(out / "results.csv")
+    _check_data(cells)
+    items = with_needs(cells)
+    statuses = [status_of(folder_of(cell, out)) for cell in cells]
+    kinds = [type(item).__name__ for item in items]
+    return Plan(
+        tuple(cells),
+        statuses.count("done"),
+        statuses.count("failed"),
+        kinds.count("Original") + kinds.count("Reference"),
+        kinds.count("Tuning"),
+    )
+
+
+def bench_command(
+    suite: str,
+    request: Request,
+    out: Path,
+    *,
+    jobs: int = 1,
+    retry_failed: bool = False,
+    device: str | None = None,
+    told: Callable[[Line], None] | None = None,
+) -> Outcome:
+    """Do what is left of a suite, then write its tables and plots to `out`.
+
+    The same command goes on after an interrupt, and adds to what other processes and machines do in the same folder.
+
+    Args:
+        jobs: processes on this machine.
+        retry_failed: do failed cells again.
+
+    Raises:
+        InputError: there is no such suite, or its data or weights cannot be used.
+    """
+    if jobs < 1:
+        raise InputError(f"expected --jobs of at least 1, got {jobs}")
+    cells = plan(suite, request, out).cells
+    pace = Pace(with_needs(cells), jobs, told) if told is not None else None
+    result = run_cells(cells, out, jobs=jobs, retry_failed=retry_failed, device=device, told=pace)
+    return Outcome(result, write_tables(cells, out))
+
+
+def submit_command(
+    suite: str, request: Request, out: Path, *, jobs: int, parameters: Mapping[str, Any], cluster: str = "slurm"
+) -> list[str]:
+    """Submit `jobs` jobs to a cluster, each running the same suite on the same folder; return the jobs' ids.
+
+    Raises:
+        InputError: as `bench_command`, or submitit is not installed, or there is no such cluster here.
+    """
+    cells = plan(suite, request, out).cells
+    try:
+        submitted = submit_cells(cells, out, jobs=jobs, cluster=cluster, parameters=parameters)
+        return [str(job.job_id) for job in submitted]
+    except ImportError as error:
+        raise InputError("a cluster needs submitit: pip install 'expunge[slurm]'") from error
+    except (RuntimeError, FileNotFoundError) as error:  # submitit's, where there is no sbatch
+        raise InputError(f"cannot submit to {cluster} here: {error}") from error
+
+
+def write_tables(cells: Sequence[Cell], out: Path) -> tuple[Path, ...]:
+    """Write the tables and plots of what is done so far; return their paths."""
+    rows = tidy_rows(cells, out)
+    summaries = summarize(rows)
+    writers: dict[Path, Callable[[Path], None]] = {
+        out / "results.csv": csv_writer(rows),
+        out / "results.parquet": parquet_writer(rows),
+        out / "tables.md": _text(markdown(summaries, rows)),
+        out / "tables.tex": _text(latex(summaries, rows)),
+    }
+    for number, group in enumerate(_first_groups(summaries)):
+        writers[out / "plots" / f"forget_retain_{number}.svg"] = forget_against_retain(group, rows)
+        if any("tug_of_war" in one.figures for one in group):
+            writers[out / "plots" / f"cost_quality_{number}.svg"] = cost_against_quality(group)
+    found = growths(rows)
+    if len({one.factor for one in found}) == len(FACTORS):  # a suite that varies all of them
+        writers[out / "scaling.md"] = _text(growth_table(found))
+        for factor in FACTORS:
+            for cost in ("flops", "seconds"):
+                here = [one for one in found if (one.factor, one.cost) == (factor, cost)]
+                if here:
+                    writers[out / "plots" / f"scaling_{factor}_{cost}.svg"] = growth(here, cost, factor)
+    write_atomically(writers)
+    return tuple(writers)
+
+
+def _first_groups(summaries: Sequence[Any]) -> list[list[Any]]:
+    """Return, for each data set and model, the summaries of the first set of classes: of all of them, if several."""
+    groups: dict[tuple[str, str], list[Any]] = {}
+    for one in summaries:
+        group = groups.setdefault((one.data, one.model), [])
+        if not group or group[0].forget == one.forget:
+            group.append(one)
+    return list(groups.values())
+
+
+def _check_data(cells: Sequence[Cell]) -> None:
+    """Open each data set once and find the classes in it, so that a mistake is told before the work."""
+    for options in {str(cell.original.options): cell.original.options for cell in cells}.values():
+        source = open_source(options.spec, label_column=options.label_column, image_column=options.image_column)
+        source, _ = align(source, options.class_names)
+        for forget in {cell.forget for cell in cells if cell.original.options == options}:
+            resolve_classes(forget, source.class_names)
+
+
+def _text(content: str) -> Callable[[Path], None]:
+    return lambda path: _write(path, content)
+
+
+def _write(path: Path, content: str) -> None:
+    path.write_text(content, encoding="utf-8")

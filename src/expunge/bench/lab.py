@@ -1,0 +1,240 @@
+"""From cells to models and data: opens what a cell names, trains what it needs, runs and measures the method."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.data import Dataset
+
+from expunge.audits import AUDITS, features_of, linear_probe, nearest_class_mean
+from expunge.bench.cells import Cell, Original, Reference, Tuning, folder_of
+from expunge.bench.cost import measured
+from expunge.bench.records import read
+from expunge.bench.tuning import tune
+from expunge.commands import train_command
+from expunge.config import as_json, override
+from expunge.data import ImageTable, draw, stage, without
+from expunge.errors import InputError
+from expunge.evaluation import environment, evaluate
+from expunge.methods import METHODS, PRESETS
+from expunge.schema import Preprocessing, Split
+from expunge.workspace import Workspace, open_workspace
+
+WEIGHTS = "weights.safetensors"
+PROBE_IMAGES = 300  # of each class, that a probe of the last features trains on; as in docs/research/calibration.md
+
+
+@dataclass
+class Lab:
+    """Does one item after the other. What several of them share is kept for as long as they come in a row."""
+
+    out: Path
+    device: str | None = None
+    _kept: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+
+    def do(self, item: Original | Reference | Tuning | Cell) -> dict[str, Any]:
+        """Do an item; return what its record shall hold, weights being written already."""
+        if isinstance(item, Cell):
+            return self._run(item)
+        if isinstance(item, Tuning):
+            return self._tune(item)
+        return self._train(item)
+
+    # Models
+
+    def _train(self, item: Original | Reference) -> dict[str, Any]:
+        """Train a model where its weights are not there yet; an interrupted training goes on."""
+        original = item if isinstance(item, Original) else item.original
+        if isinstance(item, Original) and original.weights is not None:
+            workspace = open_workspace(original.options, original.model, original.weights, seed=0, device=self.device)
+            return {"training": workspace.metadata.training, "environment": environment(workspace.model)}
+        path = folder_of(item, self.out) / WEIGHTS
+        path.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint = path.with_name(path.name + ".resume")
+        leave_out = item.forget if isinstance(item, Reference) else ()
+
+        def train() -> None:
+            train_command(
+                original.options,
+                original.model,
+                path,
+                config=original.recipe,
+                leave_out=leave_out,
+                per_class=original.per_class,
+                augment=original.augment,
+                seed=original.seed,
+                device=self.device,
+            )
+
+        if not path.exists():
+            try:
+                train()
+            except InputError:
+                if not checkpoint.exists():
+                    raise
+                checkpoint.unlink()  # begun on a machine where the data lies elsewhere: from the start
+                train()
+        workspace = open_workspace(original.options, original.model, path, seed=0, device=self.device)
+        return {"training": workspace.metadata.training, "environment": environment(workspace.model)}
+
+    def _open(self, original: Original, forget: Sequence[str], *, without_them: bool = False) -> Workspace:
+        """Open an original, or the reference that never saw the classes `forget`."""
+        item: Original | Reference = Reference(original=original, forget=tuple(forget)) if without_them else original
+        own = original.weights if not without_them else None
+        weights = own or folder_of(item, self.out) / WEIGHTS
+        return open_workspace(original.options, original.model, weights, leave_out=forget, seed=0, device=self.device)
+
+    # Data
+
+    def _split(self, workspace: Workspace, cell: Cell | Tuning) -> tuple[Split, dict[str, int]]:
+        """Return what an erasure is given: retain and forget samples out of those the original was trained on."""
+        forget = workspace.left_out
+        before = tuple(label for label in workspace.gone_before if label not in forget)
+        known = _known(workspace, cell.original)
+        others = set(range(len(workspace.class_names))) - set(forget)
+        parts = {
+            "retain": draw(without(known, {*forget, *before}), per_class=cell.retain_per_class, seed=cell.seed),
+            "forget": without(known, others),
+        }
+        staged = {name: _staged(table, workspace, cell.original) for name, table in parts.items()}
+        split = Split(
+            forget_classes=forget,
+            retain=staged["retain"],
+            forget=staged["forget"] if len(parts["forget"]) else None,
+            class_names=workspace.class_names,
+            preprocessing=workspace.preprocessing,
+            forgotten_before=before,
+        )
+        return split, {name: len(table) for name, table in parts.items()}
+
+    def _once(self, name: str, key: Any, make: Any) -> Any:
+        """Return what `make` gives; of each name the last is kept."""
+        if name not in self._kept or self._kept[name][0] != key:
+            self._kept[name] = (key, make())
+        return self._kept[name][1]
+
+    # Cells
+
+    def _tune(self, tuning: Tuning) -> dict[str, Any]:
+        workspace = self._open(tuning.original, tuning.forget)
+        split, sizes = self._split(workspace, tuning)
+        found = tune(
+            METHODS[tuning.method],
+            PRESETS[tuning.method][tuning.preset](),
+            workspace.model,
+            split,
+            trials=tuning.trials,
+            seed=tuning.seed,
+        )
+        return as_json(found) | {"sizes": sizes, "environment": environment(workspace.model)}  # type: ignore[no-any-return]
+
+    def _run(self, cell: Cell) -> dict[str, Any]:
+        method = METHODS[cell.method]
+        workspace = self._open(cell.original, cell.forget)
+        split, sizes = self._split(workspace, cell)
+        if not method.zero_glance and split.forget is None:
+            raise InputError(f"the method {cell.method} reads images of the classes to forget, and the data has none")
+        tuned = self._tuned(cell)
+        settings = tuple(tuned["settings"]) if tuned else cell.settings
+        config = override(PRESETS[cell.method][cell.preset](), settings)
+        unlearned, journal, cost = measured(
+            lambda journal: method(workspace.model, method.view(split), config, seed=cell.seed, journal=journal),
+            workspace.model,
+            split.forget_classes,
+            count_flops=cell.count_flops,
+        )
+        phases = list(journal.phases)
+        reference = (
+            self._once(
+                "reference",
+                (cell.original.id, cell.forget),
+                lambda: self._open(cell.original, cell.forget, without_them=True),
+            )
+            if cell.reference
+            else None
+        )
+        held_out = self._once(
+            "test",
+            (cell.original.data, cell.original.options, cell.test_per_class, workspace.preprocessing),
+            lambda: _staged(draw(workspace.test, per_class=cell.test_per_class, seed=0), workspace, cell.original),
+        )
+        judged = time.perf_counter()
+        record = evaluate(
+            workspace.model,
+            unlearned,
+            replace(split, test=held_out),
+            reference.model if reference else None,
+            retrained_preprocessing=reference.preprocessing if reference else None,
+            audits=[AUDITS[name] for name in cell.audits],
+            method=cell.method,
+            config={"preset": cell.preset, "settings": list(settings)} | as_json(config),
+            seed=cell.seed,
+            phases=phases,
+            journal=journal,
+        )
+        models = {"before": (workspace.model, workspace.preprocessing), "after": (unlearned, workspace.preprocessing)}
+        if reference is not None:
+            models["retrained"] = (reference.model, reference.preprocessing)
+        bench = {
+            "cost": asdict(cost),
+            "sizes": sizes | {"test": len(held_out), "classes": len(workspace.class_names)},
+            "probes": self._probes(cell, workspace, models, held_out),
+            "tuning": tuned,
+            "zero_glance": method.zero_glance,
+            "reads": sorted(method.reads),
+            "judging_seconds": time.perf_counter() - judged,
+        }
+        return as_json(record) | {"bench": bench}  # type: ignore[no-any-return]
+
+    def _tuned(self, cell: Cell) -> dict[str, Any] | None:
+        if cell.tuning is None:
+            return None
+        record = read(folder_of(cell.tuning, self.out))
+        assert record is not None  # the runner does what a cell needs first
+        told = ("settings", "score", "selected_by", "reads_forget", "trials", "budget")
+        return {name: record[name] for name in told} | {"id": cell.tuning.id}
+
+    def _probes(
+        self,
+        cell: Cell,
+        workspace: Workspace,
+        models: Mapping[str, tuple[nn.Module, Preprocessing]],
+        held_out: Dataset[Any],
+    ) -> dict[str, dict[str, float]]:
+        """Return what a linear probe and the nearest class mean find of the classes to forget in the last features."""
+        known = self._once(
+            "known",
+            (cell.original.id, workspace.preprocessing),
+            lambda: _staged(
+                draw(_known(workspace, cell.original), per_class=PROBE_IMAGES, seed=1), workspace, cell.original
+            ),
+        )
+
+        def probe(role: str) -> dict[str, float]:
+            model, preprocessing = models[role]
+            train, test = (features_of(model, images, preprocessing=preprocessing) for images in (known, held_out))
+            return {
+                "linear_probe": linear_probe(train, test, workspace.left_out),
+                "nearest_class_mean": nearest_class_mean(train, test, workspace.left_out),
+            }
+
+        key = (cell.original.id, cell.forget, cell.test_per_class)
+        return {
+            role: probe(role) if role == "after" else self._once(f"probe {role}", key, partial(probe, role))
+            for role in models
+        }
+
+
+def _known(workspace: Workspace, original: Original) -> ImageTable:
+    """Return the images that the original was trained on: `expunge train --per-class` draws them so."""
+    return draw(workspace.source.train, per_class=original.per_class, seed=0)
+
+
+def _staged(table: ImageTable, workspace: Workspace, original: Original) -> Any:
+    return stage(table, workspace.preprocessing, skip_bad=original.options.skip_bad, shuffle=False).dataset

@@ -1,0 +1,277 @@
+"""Do each item once, whoever asks: processes and machines that share the folder, killed and started again as they like.
+
+An item is done when its folder has a `record.json`, which is written whole or not at all. Who works on it holds a
+lease, a lock file that is refreshed as long as the process lives; a dead owner's lease is taken over, on the same
+machine at once, on another after `LEASE_SECONDS`. A process that was stopped for longer than that, and lost its lease
+meanwhile, throws away what it made.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import SoftFileLease, Timeout
+
+from expunge.bench.cells import Cell, Item, folder_of, with_needs
+from expunge.bench.lab import Lab
+from expunge.bench.records import read, status_of
+from expunge.config import as_json
+from expunge.errors import first_line
+from expunge.files import json_writer, write_atomically
+
+LEASE_SECONDS = 60.0  # without a sign of life from another machine until its work is taken over
+PAUSE_SECONDS = 0.5  # between looks at the folder, while others work on all that is left
+WATCH_SECONDS = 2.0  # between looks of a process that only tells what its workers finish
+
+Told = Callable[[Item, Mapping[str, Any]], None]
+"""Called with each item and its record when it is first seen to be done or failed."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What is in the folder after a run."""
+
+    cells: int
+    failed: tuple[str, ...]  # ids of cells
+    missing: tuple[str, ...]  # ids of cells that nobody finished: a worker died
+
+
+def run_cells(
+    cells: Sequence[Cell],
+    out: Path,
+    *,
+    jobs: int = 1,
+    retry_failed: bool = False,
+    device: str | None = None,
+    told: Told | None = None,
+) -> Result:
+    """Run cells, and before them what they need, in `jobs` processes; return when all are done or failed.
+
+    Args:
+        retry_failed: do again what has failed, once.
+    """
+    items = with_needs(cells)
+    retry = {item.id: attempts for item in items if (attempts := failed_attempts(folder_of(item, out)))}
+    work = Work(items, out, retry if retry_failed else {}, device)
+    if jobs == 1:
+        _work_here(work, told)
+    else:
+        _work_in_processes(work, jobs, told)
+    statuses = {cell.id: status_of(folder_of(cell, out)) for cell in cells}
+    return Result(
+        len(cells),
+        tuple(name for name, status in statuses.items() if status == "failed"),
+        tuple(name for name, status in statuses.items() if status is None),
+    )
+
+
+@dataclass
+class Work:
+    """What one process has in hand."""
+
+    items: Sequence[Item]
+    out: Path
+    retry: Mapping[str, int]  # failed items to do again, and how often each had been tried
+    device: str | None = None
+    _settled: dict[str, str] = field(default_factory=dict)  # id: done or failed
+
+    def settled(self, item: Item) -> str | None:
+        """Return whether an item is done, or has failed and is not to be done again; None while it is open."""
+        if item.id not in self._settled:
+            record = read(folder_of(item, self.out))
+            if record is not None and not self._again(item, record):
+                self._settled[item.id] = record["item"]["status"]
+        return self._settled.get(item.id)
+
+    def _again(self, item: Item, record: Mapping[str, Any]) -> bool:
+        about = record["item"]
+        return about["status"] == "failed" and int(about["attempts"]) <= self.retry.get(item.id, 0)
+
+
+def _work_here(work: Work, told: Told | None, alive: Callable[[], bool] = lambda: True) -> None:
+    """Do what is open and nobody else does, until nothing is open."""
+    lab = Lab(work.out, work.device)
+    told_of: set[str] = set()
+    while open_items := [item for item in work.items if work.settled(item) is None]:
+        _tell(work, told, told_of)
+        did_one = False
+        for item in open_items:
+            if not alive():
+                return
+            if any(work.settled(need) is None for need in item.needs) or work.settled(item) is not None:
+                continue
+            with _leased(item, work.out) as lease:
+                if lease is not None and work.settled(item) is None:
+                    _do(item, work, lab, lease)
+                    did_one = True
+            _tell(work, told, told_of)
+        if not did_one:
+            time.sleep(PAUSE_SECONDS)
+    _tell(work, told, told_of)
+
+
+def _tell(work: Work, told: Told | None, told_of: set[str]) -> None:
+    for item in work.items:
+        if told is not None and item.id not in told_of and work.settled(item) is not None:
+            told_of.add(item.id)
+            record = read(folder_of(item, work.out))
+            if record is not None:
+                told(item, record)
+
+
+def _do(item: Item, work: Work, lab: Lab, lease: SoftFileLease) -> None:
+    """Do one item and write its record: what came of it, or the error."""
+    folder = folder_of(item, work.out)
+    _clear_temporaries(folder)
+    started, worked = time.perf_counter(), time.process_time()
+    content: dict[str, Any] = {}
+    error: dict[str, Any] | None = None
+    failed = [need.id for need in item.needs if work.settled(need) == "failed"]
+    try:
+        if failed:
+            raise NeedError(f"needs {failed[0]}, which failed")
+        content = lab.do(item)
+    except Exception as caught:  # noqa: BLE001 (the rest goes on, and the record tells)
+        error = {"type": type(caught).__name__, "message": first_line(caught), "traceback": traceback.format_exc()}
+    about = {
+        "id": item.id,
+        "kind": type(item).__name__.lower(),
+        "status": "failed" if error else "done",
+        "error": error,
+        "attempts": (failed_attempts(folder) or 0) + 1,
+        "seconds": time.perf_counter() - started,
+        "cpu_seconds": time.process_time() - worked,
+        "asked": _asked(item),
+    }
+    if lease.compromise is not None:  # stopped for too long: somebody else does it now, and this result is not wanted
+        return
+    write_atomically({folder / "record.json": json_writer(_finite(content) | {"item": about})})
+
+
+class NeedError(RuntimeError):
+    """What an item needs has failed."""
+
+
+def failed_attempts(folder: Path) -> int | None:
+    """Return how often an item was tried and failed; None where it has not failed."""
+    record = read(folder)
+    if record is None or record["item"]["status"] != "failed":
+        return None
+    attempts: int = record["item"]["attempts"]
+    return attempts
+
+
+@contextmanager
+def _leased(item: Item, out: Path) -> Iterator[SoftFileLease | None]:
+    """Hold the lease of an item, or give None where somebody else does."""
+    path = out / "locks" / f"{item.id}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lease = SoftFileLease(path, lease_duration=LEASE_SECONDS)
+    try:
+        lease.acquire(blocking=False)
+    except Timeout:
+        yield None
+        return
+    try:
+        yield lease
+    finally:
+        lease.release()
+
+
+def _clear_temporaries(folder: Path) -> None:
+    """Remove what a killed process left half written: only who holds the lease writes here."""
+    for path in folder.glob(".*"):
+        path.unlink(missing_ok=True)
+
+
+def _asked(item: Item) -> dict[str, Any]:
+    """Return an item as JSON, without where things lie on this machine."""
+    asked: dict[str, Any] = json.loads(json.dumps(as_json(item), default=lambda path: Path(path).name))
+    asked.pop("tuning", None)
+    original = asked.get("original", asked)
+    original["options"].pop("spec")
+    return asked
+
+
+def _finite(content: Any) -> Any:
+    """Return JSON content with None for NaN and infinity, which JSON has no word for."""
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+# Several processes
+
+
+def _work_in_processes(work: Work, jobs: int, told: Told | None) -> None:
+    """Start workers on the same items, and tell what they finish."""
+    context = multiprocessing.get_context("spawn")  # a forked torch may hang
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    workers = [
+        context.Process(target=_worker, args=(work, threads), name=f"expunge-bench-{number}") for number in range(jobs)
+    ]
+    told_of: set[str] = set()
+    for worker in workers:
+        worker.start()
+    try:
+        while any(worker.is_alive() for worker in workers):
+            _tell(work, told, told_of)
+            time.sleep(WATCH_SECONDS)
+    except BaseException:
+        for worker in workers:
+            worker.terminate()
+        raise
+    finally:
+        for worker in workers:
+            worker.join()
+    _tell(work, told, told_of)
+
+
+def _worker(work: Work, threads: int) -> None:
+    """Work, with a share of the cores, until nothing is left or the process that started this one is gone."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads)
+    parent = multiprocessing.parent_process()
+    _work_here(work, None, alive=lambda: parent is None or parent.is_alive())
+
+
+# A cluster
+
+
+def submit_cells(
+    cells: Sequence[Cell],
+    out: Path,
+    *,
+    jobs: int,
+    cluster: str = "slurm",
+    parameters: Mapping[str, Any],
+    retry_failed: bool = False,
+) -> list[Any]:
+    """Submit `jobs` jobs that each run the same cells on the shared folder; return them, as submitit does.
+
+    Args:
+        cluster: of submitit: slurm, or local to try it on one machine.
+        parameters: of submitit's `update_parameters`: timeout_min, slurm_partition, gpus_per_node...
+
+    Raises:
+        ImportError: submitit is not installed.
+    """
+    import submitit
+
+    executor = submitit.AutoExecutor(folder=out / "jobs" / "%j", cluster=cluster)
+    executor.update_parameters(name="expunge-bench", **parameters)
+    with executor.batch():
+        return [executor.submit(run_cells, cells, out, retry_failed=retry_failed) for _ in range(jobs)]

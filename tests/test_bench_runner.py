@@ -1,0 +1,196 @@
+"""The benchmark's runner: each cell once, whoever asks, however often it is killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from expunge.bench import lab as lab_module
+from expunge.bench.cells import Cell, Item, Original, Tuning, folder_of, with_needs
+from expunge.bench.lab import Lab
+from expunge.bench.records import read
+from expunge.bench.runner import LEASE_SECONDS, run_cells, submit_cells
+from expunge.bench.tables import Row, tidy_rows
+from expunge.methods import METHODS
+from expunge.schema import TrainConfig
+from expunge.workspace import DataOptions
+
+NET = """
+from torch import nn
+
+def net(num_classes, channels):
+    return nn.Sequential(
+        nn.Conv2d(channels, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AvgPool2d(2),
+        nn.Flatten(), nn.Linear(128, num_classes),
+    )
+"""
+MEASURED = ("seconds", "cpu_seconds", "reference_seconds", "tuning_seconds", "peak_memory_bytes")
+"""Columns that no two runs agree in."""
+
+
+def tiny_cells(root: Path, methods: Sequence[str] = ("none", "head_mask", "ssd"), seeds: int = 1) -> list[Cell]:
+    """Cells on digits and a network that trains in half a second."""
+    file = root / "net.py"
+    file.write_text(NET)
+    originals = [
+        Original(
+            data="digits",
+            options=DataOptions(spec="digits"),
+            model=f"{file}:net",
+            recipe=TrainConfig(epochs=3, lr=0.01, batch_size=64),
+            per_class=40,
+            seed=seed,
+        )
+        for seed in range(seeds)
+    ]
+    return [
+        Cell(original=original, forget=forget, method=method, retain_per_class=20, test_per_class=10)
+        for original in originals
+        for forget in (("3",), ("1", "8"))
+        for method in methods
+    ]
+
+
+def told_apart(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items() if name not in MEASURED} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def server() -> Any:
+    """Processes that start in a moment: forked from one that has imported everything and done nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["expunge.bench.runner", "sklearn.datasets", "sklearn.linear_model"])
+    return context
+
+
+def test_killed_twenty_times_it_ends_with_the_same_table(tmp_path: Path, server: Any) -> None:
+    cells = tiny_cells(tmp_path, seeds=3)
+    tuning = Tuning(
+        original=cells[0].original, forget=("3",), method="ssd", preset="default", trials=3, retain_per_class=20
+    )
+    cells.append(replace(cells[2], tuning=tuning))
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    run_cells(cells, undisturbed)
+
+    waits, kills = random.Random(0), 0
+    while kills < 20:
+        process = server.Process(target=run_cells, args=(cells, killed))
+        process.start()
+        time.sleep(waits.uniform(0.05, 0.5))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "the grid was done before it was killed often enough"
+        kills += 1
+    result = run_cells(cells, killed)
+
+    assert (result.failed, result.missing) == ((), ())
+    assert told_apart(tidy_rows(cells, killed)) == told_apart(tidy_rows(cells, undisturbed))
+    kept = {path.relative_to(killed) for path in killed.rglob("*") if path.is_file()}
+    assert kept == {path.relative_to(undisturbed) for path in undisturbed.rglob("*") if path.is_file()}
+
+
+def logged(cells: Sequence[Cell], out: Path, log: Path) -> None:
+    """Run cells, and write down each item that is really done."""
+    do = Lab.do
+
+    def noted(self: Lab, item: Item) -> dict[str, Any]:
+        with log.open("a", encoding="utf-8") as file:
+            file.write(f"{item.id}\n")
+        return do(self, item)
+
+    lab_module.Lab.do = noted  # type: ignore[method-assign]
+    run_cells(cells, out)
+
+
+def test_two_processes_on_one_folder_do_each_item_once(tmp_path: Path, server: Any) -> None:
+    cells, log = tiny_cells(tmp_path), tmp_path / "log"
+    processes = [server.Process(target=logged, args=(cells, tmp_path / "out", log)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert sorted(log.read_text().split()) == sorted(item.id for item in with_needs(cells))
+    assert all(row["status"] == "done" for row in tidy_rows(cells, tmp_path / "out"))
+
+
+def test_workers_of_its_own(tmp_path: Path) -> None:
+    cells, told = tiny_cells(tmp_path, methods=("none",)), list[str]()
+    result = run_cells(cells, tmp_path / "out", jobs=2, told=lambda item, _: told.append(item.id))
+    assert (result.cells, result.failed, result.missing) == (2, (), ())
+    assert sorted(told) == sorted(item.id for item in with_needs(cells))
+
+
+def test_a_failing_cell_is_recorded_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells, out = tiny_cells(tmp_path), tmp_path / "out"
+    calls = 0
+
+    def fail(*_: Any, **__: Any) -> nn.Module:
+        nonlocal calls
+        calls += 1
+        raise ArithmeticError("no such number\nsecond line")
+
+    with monkeypatch.context() as patch:
+        patch.setitem(METHODS, "ssd", replace(METHODS["ssd"], run=fail))
+        result = run_cells(cells, out)
+        assert len(result.failed) == calls == 2
+        run_cells(cells, out)
+        assert calls == 2, "a failed cell was done again unasked"
+        run_cells(cells, out, retry_failed=True)
+        assert calls == 4
+    rows = tidy_rows(cells, out)
+    assert [row["status"] for row in rows] == ["done", "done", "failed"] * 2
+    assert rows[2]["error"] == "ArithmeticError: no such number"
+    record = read(folder_of(cells[2], out))
+    assert record is not None
+    assert record["item"]["attempts"] == 2
+    assert "in fail" in record["item"]["error"]["traceback"]
+
+    assert run_cells(cells, out, retry_failed=True).failed == ()
+    assert [row["status"] for row in tidy_rows(cells, out)] == ["done"] * 6
+
+
+def test_what_needs_something_that_failed_fails_too(tmp_path: Path) -> None:
+    cells = tiny_cells(tmp_path, methods=("none",))
+    (tmp_path / "net.py").write_text("def net(num_classes, channels): raise RuntimeError('no network')")
+    rows = (run_cells(cells, tmp_path / "out"), tidy_rows(cells, tmp_path / "out"))[1]
+    assert [row["status"] for row in rows] == ["failed", "failed"]
+    assert rows[0]["error"] == f"NeedError: needs {cells[0].original.id}, which failed"
+
+
+def test_a_cell_says_what_was_asked_and_what_it_cost(tmp_path: Path) -> None:
+    cell = replace(tiny_cells(tmp_path, methods=("ssd",))[0], count_flops=True)
+    run_cells([cell], tmp_path / "out")
+    record = read(folder_of(cell, tmp_path / "out"))
+    assert record is not None
+    assert str(tmp_path) not in str(record["item"]["asked"]).replace(cell.original.model, "")
+    assert record["item"]["asked"]["forget"] == ["3"]
+    cost = record["bench"]["cost"]
+    assert cost["flops"] > 0
+    assert cost["samples_retain"] > 0
+    assert cost["samples_forget"] > 0
+    assert cost["samples_synthetic"] == 0
+    assert record["bench"]["sizes"] == {"retain": 180, "forget": 40, "test": 100, "classes": 10}
+    assert set(record["bench"]["probes"]) == {"before", "after", "retrained"}
+
+
+@pytest.mark.slow
+def test_jobs_of_a_cluster(tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    cells, out = tiny_cells(tmp_path, methods=("none",)), tmp_path / "out"
+    for job in submit_cells(cells, out, jobs=2, cluster="local", parameters={"timeout_min": 5}):
+        assert job.result().failed == ()
+    assert [row["status"] for row in tidy_rows(cells, out)] == ["done", "done"]
+
+
+def test_a_lease_outlives_a_slow_step() -> None:
+    assert LEASE_SECONDS >= 30  # a step that holds the interpreter's lock for a third of it is not taken for dead

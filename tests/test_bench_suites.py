@@ -1,0 +1,325 @@
+"""Suites, tuning, cost and the command of the benchmark."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner, Result
+
+from conftest import Tiny
+from expunge import cli, commands
+from expunge.bench.cells import Cell, Original, classes_name, model_name, slug
+from expunge.bench.command import Line, bench_command, plan
+from expunge.bench.cost import FlopCount, measured, samples_of
+from expunge.bench.suites import CONTROLS, SUITES, Request, suite_cells
+from expunge.bench.tuning import drawn_settings, score, tune
+from expunge.config import override
+from expunge.data import TensorImages
+from expunge.errors import InputError
+from expunge.journal import Journal
+from expunge.methods import METHODS
+from expunge.schema import Phase, Split, TrainConfig
+from expunge.workspace import DataOptions
+from test_bench_runner import NET, tiny_cells
+
+CIFAR = Request(data=DataOptions(spec="somewhere/cifar10"))
+
+
+# Suites
+
+
+def test_quick_has_every_method_by_default_and_tuned_where_there_is_a_range() -> None:
+    cells = suite_cells("quick", Request())
+    assert {cell.method for cell in cells} == set(METHODS)
+    assert {cell.method for cell in cells if cell.tuning} == {name for name, one in METHODS.items() if one.space}
+    assert len({cell.original.seed for cell in cells}) >= 2
+    assert all(cell.seed == cell.original.seed for cell in cells)  # no draw is shared by the values of an interval
+    assert {cell.tuning.trials for cell in cells if cell.tuning} == {4}  # the same for all
+    assert all(cell.original.data == "digits" for cell in cells)
+
+
+@pytest.mark.parametrize("name", [name for name in SUITES if name not in ("own", "paper")])
+def test_ids_tell_cells_apart_and_are_folder_names(name: str) -> None:
+    cells = suite_cells(name, CIFAR if SUITES[name].needs else Request())
+    ids = [cell.id for cell in cells]
+    assert len(set(ids)) == len(ids)
+    assert all(len(one) < 200 and "/" not in one and " " not in one for one in ids)
+
+
+def test_the_papers_grid(tmp_path: Path) -> None:
+    for name in ("cifar10", "cifar100", "yaleb"):
+        (tmp_path / name).mkdir()
+    cells = suite_cells("paper", Request(data=DataOptions(spec=str(tmp_path))))
+    assert len({cell.id for cell in cells}) == len(cells)
+    ten = {cell.forget for cell in cells if cell.original.data == "cifar10"}
+    assert ten == {("0",), ("1", "2"), ("3", "4", "5", "6"), ("3", "4", "5", "6", "7", "8", "9")}
+    assert len({cell.original.model for cell in cells if cell.original.data == "cifar10"}) == 4
+    assert {cell.original.data for cell in cells} == {"cifar10", "cifar100", "yaleb"}
+
+
+def test_ids_are_the_same_in_every_process_and_wherever_the_data_lies() -> None:
+    code = "from expunge.bench.suites import *; print(*(c.id for c in suite_cells('quick', Request())))"
+    env = os.environ | {"PYTHONHASHSEED": "7"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert done.stdout.split() == [cell.id for cell in suite_cells("quick", Request())]
+    elsewhere = Request(data=DataOptions(spec="elsewhere/cifar10"))
+    assert [c.id for c in suite_cells("field", elsewhere)] == [c.id for c in suite_cells("field", CIFAR)]
+
+
+def test_an_id_changes_with_what_changes_the_result(tmp_path: Path) -> None:
+    cell = tiny_cells(tmp_path)[0]
+    changed = [
+        replace(cell, seed=1), replace(cell, settings=("a=1",)), replace(cell, retain_per_class=3),
+        replace(cell, method="fisher"), replace(cell, forget=("4",)), replace(cell, preset="small"),
+        replace(cell, original=replace(cell.original, seed=1)),
+    ]  # fmt: skip
+    assert len({one.id for one in [cell, *changed]}) == len(changed) + 1
+    recipe = replace(cell.original, recipe=TrainConfig(epochs=9))
+    assert recipe.id != cell.original.id
+    moved = replace(cell.original, model=f"other/{Path(cell.original.model).name}")
+    assert moved.id == cell.original.id
+
+
+def test_names() -> None:
+    assert slug("Great White (shark)") == "great_white_shark"
+    assert model_name("timm:vit_tiny_patch16_224?img_size=32") == "vit_tiny_patch16_224"
+    assert model_name("allcnn?width=32") == "allcnn"
+    assert model_name("some/where/net.py:build") == "net_build"
+    assert classes_name(("3", "cat")) == "3+cat"
+    assert classes_name([str(number) for number in range(30)]) == "30classes"
+
+
+@pytest.mark.parametrize(
+    ("suite", "request_", "message"),
+    [
+        ("magic", Request(), "unknown suite 'magic': expected one of quick, slice"),
+        ("field", Request(), "the suite field needs --data"),
+        ("own", CIFAR, "the suite own needs --weights"),
+        ("quick", CIFAR, "--data means nothing to the suite quick"),
+        ("quick", Request(methods=("magic",)), "unknown method 'magic'"),
+        ("quick", Request(seeds=0), "expected --seeds of at least 1"),
+        ("quick", Request(trials=0), "expected --trials of at least 1"),
+        ("paper", CIFAR, "expected a folder cifar100"),
+    ],
+)
+def test_mistakes(suite: str, request_: Request, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        suite_cells(suite, request_)
+
+
+def test_mistakes_that_the_data_shows(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="class index 12 is out of range"):
+        plan("quick", Request(classes=(("12",),)), tmp_path)
+    with pytest.raises(InputError, match="no data at"):
+        plan("field", Request(data=DataOptions(spec="/no/such/folder")), tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write"):
+        plan("quick", Request(), tmp_path / "file")
+    with pytest.raises(InputError, match="--jobs of at least 1"):
+        bench_command("quick", Request(), tmp_path, jobs=0)
+
+
+# Tuning
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_value_of_a_space_is_a_setting(name: str) -> None:
+    method = METHODS[name]
+    assert not (method.space and name in CONTROLS)
+    for make in method.presets.values():
+        for settings in drawn_settings(method.space, make(), 1000, seed=0):
+            override(make(), settings)
+
+
+def test_trials_begin_with_the_default_and_are_no_more_than_allowed() -> None:
+    method = METHODS["fine_tune"]
+    drawn = drawn_settings(method.space, method.config(), 3, seed=0)
+    assert drawn[0] == ()
+    assert len(set(drawn)) == 3
+    assert drawn == drawn_settings(method.space, method.config(), 3, seed=0)
+    everything = drawn_settings(method.space, method.config(), 100, seed=0)
+    assert ("training.lr=0.01",) not in everything  # the default itself
+    assert len(everything) == len(method.space["training.lr"])
+    assert drawn_settings({}, method.config(), 5, seed=0) == [()]
+
+
+def test_score() -> None:
+    assert score(0.0, 0.95, 0.9) == 1.0  # better than before is as good as before
+    assert score(0.25, 0.8, 0.9) == pytest.approx(0.75 * 0.9)
+    assert score(1.0, 1.0, 1.0) == 0.0
+
+
+@pytest.mark.parametrize("zero_glance", [True, False])
+def test_tuning_takes_the_best_trial_and_holds_out_what_it_looks_at(tiny: Tiny, zero_glance: bool) -> None:
+    retain, test = tiny.split.retain, tiny.split.test
+    assert isinstance(retain, TensorImages)
+    assert isinstance(test, TensorImages)
+    rows = (test.labels == 3).nonzero().flatten()[:20]
+    threes = TensorImages(test.images[rows], test.labels[rows])
+    given: list[Split] = []
+
+    def run(model: nn.Module, split: Split, config: Any, *, seed: int, journal: Journal | None) -> nn.Module:
+        given.append(split)
+        return METHODS["head_mask"].run(model, replace(split, forget=None), None, seed=seed, journal=journal) if (
+            config.penalty == 0.001
+        ) else model  # fmt: skip
+
+    reads = frozenset({"retain"}) if zero_glance else frozenset({"retain", "forget"})
+    method = replace(METHODS["l1_sparse"], run=run, reads=reads, space={"penalty": (0.0005, 0.001, 0.002)})
+    split = replace(tiny.split, forget=threes)
+    found = tune(method, method.config(), tiny.model, split, trials=5, seed=0)
+    assert found.settings == ("penalty=0.001",)
+    assert found.score > 0.95
+    assert len(found.trials) == 3  # all there are
+    assert found.reads_forget is not zero_glance
+    assert ("impressions" in found.selected_by) is zero_glance
+    for one in given:
+        assert one.test is None
+        assert len(one.retain) == pytest.approx(0.8 * len(retain), rel=0.05)  # type: ignore[arg-type]
+        assert (one.forget is None) is zero_glance
+        if one.forget is not None:
+            assert len(one.forget) == 16  # type: ignore[arg-type]
+
+
+# Cost
+
+
+def test_flops_are_those_of_torch(tiny: Tiny) -> None:
+    def step() -> None:
+        images = torch.zeros((4, 1, 8, 8))
+        tiny.model(images).sum().backward()
+        tiny.model.zero_grad()
+
+    with FlopCount() as ours:
+        step()
+    with FlopCounterMode(display=False) as theirs:
+        step()
+    assert ours.total == theirs.get_total_flops() > 0
+
+
+def test_samples_by_kind() -> None:
+    phases = [
+        Phase(name="a", seconds=1, steps=1, samples=10, label_counts={0: 4, 3: 2}, final_loss=None),
+        Phase(name="b", seconds=1, steps=1, samples=5, label_counts={1: 5}, final_loss=None),
+    ]
+    assert samples_of(phases, (3,)) == (9, 2, 4)
+
+
+def test_a_method_that_is_not_deterministic_is_found_out(tiny: Tiny) -> None:
+    models = iter([tiny.model, METHODS["random_init"](tiny.model, tiny.split.zero_glance(), seed=0)])
+    with pytest.raises(RuntimeError, match="not deterministic"):
+        measured(lambda _: next(models), tiny.model, (3,), count_flops=True)
+
+
+def test_memory_is_measured(tiny: Tiny) -> None:
+    def run(_: Journal) -> nn.Module:
+        torch.ones(30_000_000)  # 120 MB
+        return tiny.model
+
+    cost = measured(run, tiny.model, (3,), count_flops=False)[2]
+    if cost.peak_memory_bytes is None:
+        pytest.skip("this system does not tell")
+    assert 100e6 < cost.peak_memory_bytes < 200e6
+    assert cost.memory_of == "process"
+
+
+# The command
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.app, ["bench", *arguments])
+
+
+def test_somebodys_own(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(NET)
+    model, weights, out = f"{tmp_path / 'net.py'}:net", tmp_path / "w.safetensors", tmp_path / "out"
+    commands.train_command(DataOptions(spec="digits"), model, weights, config=TrainConfig(epochs=2, batch_size=64))
+    words = [
+        "own",
+        "--data",
+        "digits",
+        "--model",
+        model,
+        "--weights",
+        str(weights),
+        "--classes",
+        "3",
+        "--out",
+        str(out),
+    ]
+    words += ["--methods", "none,head_mask", "--epochs", "1", "--retain-per-class", "20"]
+
+    planned = invoke(*words, "--dry-run")
+    assert planned.exit_code == 0, planned.output
+    assert "4 cells (0 done, 0 failed), 2 models to train" in planned.stdout
+    assert not out.exists()
+
+    done = invoke(*words)
+    assert done.exit_code == 0, done.output
+    assert "[6/6]" in done.stderr
+    assert "left" in done.stderr
+    told = (out / "tables.md").read_text()
+    assert "| head_mask | nothing | 2 | 0.0 ± 0.0 |" in told
+    assert {path.name for path in out.iterdir()} >= {"results.csv", "results.parquet", "tables.tex", "plots", "cells"}
+    records = list((out / "cells").glob("*/record.json"))
+    assert len(records) == 4
+    before = {path: path.stat().st_mtime_ns for path in records}
+    assert invoke(*words, "--quiet").exit_code == 0
+    assert {path: path.stat().st_mtime_ns for path in records} == before
+    assert json.loads(records[0].read_text())["metrics"]["retrained"]
+
+
+def test_a_failed_cell_leaves_with_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> nn.Module:
+        raise ArithmeticError("no")
+
+    cells = tiny_cells(tmp_path, methods=("none",))[:1]
+    monkeypatch.setattr("expunge.bench.command.suite_cells", lambda *_: cells)
+    monkeypatch.setitem(METHODS, "none", replace(METHODS["none"], run=fail))
+    result = invoke("quick", "--out", str(tmp_path / "out"))
+    assert result.exit_code == 1
+    assert "FAILED: ArithmeticError: no" in result.stderr
+    assert "--retry-failed" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["magic"], "unknown suite 'magic'"),
+        (["own", "--data", "digits", "--classes", "3"], "the suite own needs --weights"),
+        (["own", "--data", "digits", "--classes", "3", "--weights", "/no/such"], "no weights file at '/no/such'"),
+        (["quick", "--epochs", "3"], "--epochs means nothing to the suite quick"),
+        (["quick", "--audits", "magic"], "unknown audit 'magic'"),
+        (["quick", "--slurm", "gpu"], "cannot submit to slurm here"),
+    ],
+)
+def test_one_line_for_a_mistake(tmp_path: Path, words: list[str], message: str) -> None:
+    result = invoke(*words, "--out", str(tmp_path / "out"))
+    assert result.exit_code == 2, result.output
+    assert result.stderr.count("\n") == 1
+    assert message in result.stderr
+
+
+def test_time_left_is_told(tmp_path: Path) -> None:
+    lines: list[Line] = []
+    request = Request(methods=("none",), seeds=1, classes=(("3",),), trials=1)
+    base = suite_cells("quick", request)[0]
+    assert isinstance(base, Cell)
+    cells = tiny_cells(tmp_path, methods=("none",))
+    assert isinstance(cells[0].original, Original)
+    from expunge.bench.command import Pace
+
+    pace = Pace(cells, 2, lines.append)
+    for cell in cells:
+        pace(cell, {"item": {"seconds": 4.0}})
+    assert [line.seconds_left for line in lines] == [2.0, 0.0]
