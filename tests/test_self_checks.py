@@ -305,6 +305,8 @@ def test_classes_hidden_by_statistics(scene: Scene) -> None:
     closed.gate.running_mean[3] += 1000
     check = check_statistics(scene.subject(open_gate, "original"), scene.subject(closed), scene.data)
     assert (check.ok, check.finding, check.doubts) == (False, "hidden by statistics", (OUTPUT, INSIDE))
+    unchanged = check_statistics(scene.subject(closed, "original"), scene.subject(closed), scene.data)
+    assert unchanged.finding != "hidden by statistics"  # new statistics win as much on the original
     for data in (replace(scene.data, train=None), replace(scene.data, forget_classes=())):
         check = check_statistics(scene.subject(open_gate, "original"), scene.subject(closed), data)
         assert check.finding == ("hidden by statistics" if data.forget_classes else "stale statistics")

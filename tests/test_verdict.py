@@ -487,6 +487,12 @@ def test_swapped_logits_are_no_forgetting() -> None:
 def test_a_head_that_hides_the_class_is_named() -> None:
     told = judged(role(0.0), {"linear_probe": {"head input": (0.8, 0.79, 0.5)}})
     assert [one.split(":")[0] for one in told["diagnosis"]] == ["head hides the class"]
+    alike = judged(
+        role(0.0),
+        {"linear_probe": {"head input": (0.8, 0.79, 0.78)}, "prototype": {"forget accuracy": (0.8, 0.6, 0.2)}},
+    )
+    assert alike[INSIDE]["answer"] == "no"
+    assert not alike["diagnosis"]  # a model that never saw the class is found out by the probe as well
     halfway = judged(role(0.0), {"linear_probe": {"head input": (0.8, 0.65, 0.5)}})
     assert (halfway[INSIDE]["answer"], halfway["diagnosis"]) == ("no", [])
     answered = judged(role(0.5), {"linear_probe": {"head input": (0.8, 0.79, 0.5)}})

@@ -393,9 +393,12 @@ class _Judge:
             yield "relearns too slowly: a model that never saw the classes is faster, so that they can be told apart"
 
     def _probe_as_before(self) -> bool:
+        """Return whether a probe finds the classes as in the original, and not as well in the retrained model."""
         figure = dict(self.figures("linear_probe")).get("head input", {})
-        gap = figure.get("gap_to_original")
-        return gap is not None and gap["value"] >= -self.tolerances.inside.gap
+        before, gap = figure.get("gap_to_original"), figure.get("gap")
+        if before is None or before["value"] < -self.tolerances.inside.gap:
+            return False
+        return gap is None or gap["value"] > self.tolerances.inside.gap
 
     def _retained(self) -> list[str]:
         """Return the classes that stay and that the original knows: masked accuracy is 0 for the others."""
