@@ -93,6 +93,13 @@ def test_marks_in_the_tables() -> None:
     assert tex.count(r"\toprule") == 1
 
 
+def test_a_variant_that_is_the_same_again_does_not_hinder_a_mark() -> None:
+    rows = [row("near", s, 0.979 + s / 1e4, variant=v) for s in (0, 1, 2) for v in ("default", "tuned")]
+    rows += [row("far", s, 0.80 + s / 1e4) for s in (0, 1, 2)]
+    told = markdown(summarize(rows), rows)
+    assert told.count("**") - told.count("**Bold**") * 2 == 4
+
+
 def test_failed_cells_are_listed_and_counted() -> None:
     rows = [row("a", 0, 0.9), row("b", 0, 0.9, status="failed", error="ValueError: no")]
     told = markdown(summarize(rows), rows)

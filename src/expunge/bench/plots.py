@@ -26,30 +26,41 @@ def forget_against_retain(group: Sequence[Summary], rows: Sequence[Row]) -> Writ
         group: summaries of one data set, model and set of classes.
         rows: the tidy table, for the original and the retrained model.
     """
-    figure, axes = _axes("forget accuracy, % (retrained: the target)", "retain accuracy, %")
-    _points(axes, group, "forget_accuracy", "retain_accuracy")
+    figure, (axes, close) = _axes("forget accuracy, %", "retain accuracy, %", panels=2)
     here = [row for row in rows if row["status"] == "done" and (row["data"], row["model_spec"]) == _place(group)]
     here = [row for row in here if group[0].forget in ("all", row["forget"])]
-    for role, marker in (("retrained", "*"), ("original", "X")):
+    marked: dict[str, tuple[float, float]] = {}
+    for role in ("original", "retrained"):
         pairs = [(row[f"{role}_forget_accuracy"], row[f"{role}_retain_accuracy"]) for row in here]
         known = [(x, y) for x, y in pairs if x is not None and y is not None]
         if known:
             x, y = (100 * fmean(values) for values in zip(*known, strict=True))
-            axes.scatter([x], [y], marker=marker, s=160, color="black", label=role, zorder=1)
-    return _writer(figure, axes, group)
+            marked[role] = (x, y)
+    for panel in (axes, close):
+        _points(panel, group, "forget_accuracy", "retain_accuracy")
+        for role, (x, y) in marked.items():
+            panel.scatter([x], [y], marker={"retrained": "*", "original": "X"}[role], s=120, color="black", label=role)
+    axes.set_xlim(-3, 103)
+    axes.set_ylim(-3, 103)
+    x, y = marked.get("retrained", (0.0, 100.0))
+    close.set_xlim(x - 1, x + 15)
+    close.set_ylim(max(0.0, y - 10), min(100.5, y + 3))
+    close.set_title("near the retrained model, the target", fontsize=9)
+    return _writer(figure, axes, group, legend=close)
 
 
 def cost_against_quality(group: Sequence[Summary]) -> Writer:
     """Return a writer of the plot of tug of war (1: like the retrained model) against seconds."""
-    figure, axes = _axes("seconds", "tug of war (1: like the retrained model)")
+    figure, (axes,) = _axes("seconds", "tug of war (1: like the retrained model)")
     axes.set_xscale("log")
-    _points(axes, group, "seconds", "tug_of_war")
-    return _writer(figure, axes, group)
+    _points(axes, group, "seconds", "tug_of_war", across=False)
+    axes.set_ylim(-0.03, 1.03)
+    return _writer(figure, axes, group, legend=axes)
 
 
 def growth(found: Sequence[Growth], cost: str, factor: str) -> Writer:
     """Return a writer of the plot of one cost against one factor, a line a method, both axes logarithmic."""
-    figure, axes = _axes(factor.replace("_", " "), cost.replace("_", " "))
+    figure, (axes,) = _axes(factor.replace("_", " "), cost.replace("_", " "))
     axes.set_xscale("log")
     axes.set_yscale("log")
     for number, one in enumerate(found):
@@ -59,28 +70,30 @@ def growth(found: Sequence[Growth], cost: str, factor: str) -> Writer:
     return _saved(figure)
 
 
-def _axes(x: str, y: str) -> tuple[Any, Any]:
+def _axes(x: str, y: str, *, panels: int = 1) -> tuple[Any, Any]:
+    """Return a figure and its panels, side by side, each with the same labels."""
     from matplotlib.figure import Figure  # no pyplot: no display, no global state
 
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    axes = figure.subplots()
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(alpha=0.3)
+    figure = Figure(figsize=(8 + 5 * (panels - 1), 5.5), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    for panel in axes:
+        panel.set_xlabel(x)
+        panel.set_ylabel(y)
+        panel.grid(alpha=0.3)
     return figure, axes
 
 
-def _points(axes: Any, group: Sequence[Summary], x: str, y: str) -> None:
-    """Draw each method as a number with its intervals; the legend tells which is which."""
+def _points(axes: Any, group: Sequence[Summary], x: str, y: str, *, across: bool = True) -> None:
+    """Draw each method as a number with its intervals (`across`: of x too); the legend tells which is which."""
     for number, one in enumerate(group, 1):
         if x not in one.figures or y not in one.figures:
             continue
-        across, up = one.figures[x], one.figures[y]
+        right, up = one.figures[x], one.figures[y]
         color = COLORS[_kind(one)]
         axes.errorbar(
-            [across.value],
+            [right.value],
             [up.value],
-            xerr=_reach(across),
+            xerr=_reach(right) if across else None,
             yerr=_reach(up),
             fmt="o" if one.variant != "tuned" else "s",
             ms=5,
@@ -89,8 +102,14 @@ def _points(axes: Any, group: Sequence[Summary], x: str, y: str) -> None:
             alpha=0.8,
             label=f"{number} {one.label}",
         )
-        axes.annotate(str(number), (across.value, up.value), xytext=(4, 3), textcoords="offset points", fontsize=7)
-    axes.autoscale(enable=True)
+        axes.annotate(
+            str(number),
+            (right.value, up.value),
+            xytext=(4, 3),
+            textcoords="offset points",
+            fontsize=7,
+            annotation_clip=True,
+        )
 
 
 def _reach(interval: Interval) -> list[float] | None:
@@ -108,10 +127,11 @@ def _place(group: Sequence[Summary]) -> tuple[str, str]:
     return group[0].data, group[0].model
 
 
-def _writer(figure: Any, axes: Any, group: Sequence[Summary]) -> Writer:
+def _writer(figure: Any, axes: Any, group: Sequence[Summary], *, legend: Any) -> Writer:
     axes.set_title(f"{group[0].data}, {group[0].model}, forget {group[0].forget}", fontsize=9)
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=7, frameon=False)
-    kinds = "   ".join(f"{kind}: {color}" for kind, color in _words().items())
+    columns = 1 + len(group) // 24
+    legend.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=7, frameon=False, ncols=columns)
+    kinds = "; ".join(f"{kind}: {color}" for kind, color in _words().items())
     figure.supxlabel(f"{kinds}; square: tuned; bars: 95 % interval over seeds", fontsize=7)
     return _saved(figure)
 

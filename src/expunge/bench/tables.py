@@ -383,16 +383,18 @@ def _ranked(group: Sequence[Summary]) -> list[Summary]:
 
 
 def _marks(group: Sequence[Summary]) -> dict[str, str | None]:
-    """Return for each figure the label of the method to mark."""
-    rivals = [one for one in group if one.method not in CONTROLS]
-    return {
-        figure.name: separated_best(
-            {one.label: one.figures[figure.name] for one in rivals if figure.name in one.figures}, figure.best
-        )
-        if figure.best
-        else None
-        for figure in FIGURES
-    }
+    """Return for each figure the label of the method to mark: beyond all other methods, not beyond its own variants."""
+    marks: dict[str, str | None] = {}
+    for figure in FIGURES:
+        rivals = [one for one in group if one.method not in CONTROLS and figure.name in one.figures]
+        if figure.best is None or not rivals:
+            marks[figure.name] = None
+            continue
+        ranked = sorted(rivals, key=lambda one: one.figures[figure.name].value)
+        first = ranked[-1 if figure.best == "high" else 0]
+        others = [one for one in rivals if one is first or one.method != first.method]
+        marks[figure.name] = separated_best({one.label: one.figures[figure.name] for one in others}, figure.best)
+    return marks
 
 
 def _shown(one: Summary, figure: Figure) -> str:
