@@ -191,7 +191,7 @@ def test_file_that_fails(tmp_path: Path, code: str, message: str) -> None:
         ("timm:no_such_model", "cannot build model 'timm:no_such_model'"),
         ("torchvision:no_such_model", "cannot build model"),
         ("torchvision:resnet18?depths=3", "cannot build model .*depths"),
-        ("allcnn?width=3", "cannot build model .*width"),
+        ("allcnn?depth=3", "cannot build model .*depth"),
         ("hf:/no/such/folder", "cannot build model"),
     ],
 )
