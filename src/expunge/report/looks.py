@@ -40,11 +40,12 @@ def confusion(record: Part) -> dict[str, Any] | None:
         return None
     forget = record["classes"]["forget"]
     kept = [name for name in record["classes"]["all"] if name in counts["unlearned"]]
-    if len(record["classes"]["all"]) > MOST_DRAWN:  # as the record has them: the forgotten, then what changed most
-        first = [name for name in counts["unlearned"] if name in forget][: MOST_DRAWN * 2 // 3]
-        others = [name for name in counts["unlearned"] if name not in forget]
-        kept = [*first, *others[: MOST_DRAWN - len(first)]]
     moves = _moves(counts)
+    if len(record["classes"]["all"]) > MOST_DRAWN:
+        first = [name for name in kept if name in forget][: MOST_DRAWN * 2 // 3]
+        changed = [name for name in dict.fromkeys(name for name, _, _ in moves) if name not in forget]
+        others = dict.fromkeys([*changed, *(name for name in kept if name not in forget)])
+        kept = [*first, *[*others][: MOST_DRAWN - len(first)]]
     return {
         "heats": [_heat(role, one, kept, forget, record["classes"]["all"]) for role, one in counts.items()],
         "hidden": len(record["classes"]["all"]) - len(kept),
@@ -52,6 +53,11 @@ def confusion(record: Part) -> dict[str, Any] | None:
         "moves": moves[:MOST_MOVES],
         "more": len(moves) - MOST_MOVES,
     }
+
+
+def in_order(roles: Mapping[str, Any]) -> list[str]:
+    """Return roles in the order of the page: a record has its keys sorted."""
+    return [*(role for role in SIDES if role in roles), *sorted(role for role in roles if role not in SIDES)]
 
 
 def _heat(role: str, counts: Part, kept: Sequence[str], forget: Sequence[str], names: Sequence[str]) -> Heat:
@@ -111,7 +117,8 @@ class Panel:
 def feature_map(record: Part) -> dict[str, Any] | None:
     """One panel for each model, with the same marks, and the share of variance that it shows."""
     found = (record.get("audits") or {}).get(FEATURE_MAP) or {}
-    points = {role: one["points"] for role, one in (found.get("details") or {}).items() if one and one.get("points")}
+    details = found.get("details") or {}
+    points = {role: details[role]["points"] for role in in_order(details) if (details[role] or {}).get("points")}
     if found.get("skipped") or not points:
         return None
     forget = record["classes"]["forget"]
@@ -190,7 +197,7 @@ def attention(record: Part) -> dict[str, Any] | None:
 
 
 def _lit(samples: Part) -> Gallery | None:
-    roles = list(dict.fromkeys(role for one in samples.values() for role in one.get("lit") or {}))
+    roles = in_order({role: None for one in samples.values() for role in one.get("lit") or {}})
     rows: list[list[str | Picture]] = []
     for name, one in samples.items():
         label = one.get("class") or ""
