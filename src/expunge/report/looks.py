@@ -124,10 +124,8 @@ def feature_map(record: Part) -> dict[str, Any] | None:
     forget = record["classes"]["forget"]
     seen = [name for name in forget if any(name in by_class for by_class in points.values())]
     kinds = {name: f"tone-{min(number, TONES)}" for number, name in enumerate(seen, 1)}
-    reach = max(
-        (abs(value) for one in points.values() for part in one.values() for axis in "xy" for value in part[axis]),
-        default=1,
-    )
+    middles = {role: [_middle(one, axis) for axis in "xy"] for role, one in points.items()}
+    reach = max(half for one in middles.values() for _, half in one)  # one scale for all
     shares = models(figures_of(record, FEATURE_MAP).get("share of variance") or {})
     first = next(iter(points.values()))
     legend = [(f"tone-{number}", name) for number, name in enumerate(seen[:TONES], 1)]
@@ -135,7 +133,9 @@ def feature_map(record: Part) -> dict[str, Any] | None:
         legend[-1] = (f"tone-{TONES}", f"{len(seen) - TONES + 1} more forgotten classes")
     counts = {side: sum(len(part["x"]) for name, part in first.items() if (name in forget) == side) for side in (1, 0)}
     return {
-        "panels": [_panel(role, one, kinds, reach or 1, shares.get(role)) for role, one in points.items()],
+        "panels": [
+            _panel(role, one, kinds, middles[role], reach or 1, shares.get(role)) for role, one in points.items()
+        ],
         "legend": [*legend, ("stay", "classes that stay")],
         "counts": (counts[1], counts[0]),
         "says": found.get("says") or "",
@@ -143,13 +143,27 @@ def feature_map(record: Part) -> dict[str, Any] | None:
     }
 
 
-def _panel(role: str, points: Part, kinds: Mapping[str, str], reach: float, share: Part | None) -> Panel:
+def _middle(points: Part, axis: str) -> tuple[float, float]:
+    """Return the middle of the places on an axis, and how far they reach from it."""
+    values = [value for part in points.values() for value in part[axis]] or [0]
+    return (min(values) + max(values)) / 2, (max(values) - min(values)) / 2
+
+
+def _panel(
+    role: str,
+    points: Part,
+    kinds: Mapping[str, str],
+    middles: Sequence[tuple[float, float]],
+    reach: float,
+    share: Part | None,
+) -> Panel:
     drawn: dict[str, list[str]] = {"stay": []}
     middle, unit = SIDE / 2, (SIDE / 2 - MARGIN) / reach
+    (left, _), (low, _) = middles
     for name, part in points.items():
         mark = kinds.get(name, "stay")
         for x, y in zip(part["x"], part["y"], strict=False):
-            place = (f"{middle + unit * x:.0f}", f"{middle - unit * y:.0f}")
+            place = (f"{middle + unit * (x - left):.0f}", f"{middle - unit * (y - low):.0f}")
             drawn.setdefault(mark, []).append(SHAPES[mark].format(*place))
     says = f"{told(share['value'])} of the variance of its features" if share and share.get("value") is not None else ""
     return Panel(role=role, says=says, paths=[(mark, "".join(marks)) for mark, marks in drawn.items() if marks])
