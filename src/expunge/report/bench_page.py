@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-from expunge.report.figures import Mark, Scale, bounds, listed, seconds, sentence, told
+from expunge.report.figures import Mark, Scale, bounds, listed, seconds, told
 from expunge.report.rerun import rerun_bench
 from expunge.report.scatter import MARKS, Scatter, scatters
 from expunge.report.sections import flat
@@ -31,6 +32,7 @@ class Rank:
     method: str
     variant: str
     mark: str
+    kind: str
     note: str
     best: bool
     drawn: Mark  # accuracy on the other classes
@@ -122,11 +124,11 @@ def _facts(record: Part, rows: Sequence[Part]) -> list[tuple[str, str]]:
     work = record.get("work_seconds") or {}
     took = [f"{seconds(work[name])} {words}" for name, words in WORK.items() if work.get(name)]
     told_facts = {
-        "Suite": sentence(f"{record['suite']}: {record.get('says') or ''}"),
-        "Ran": sentence("; ".join(filter(None, ran))),
-        "On": sentence("; ".join(dict.fromkeys(machines))) if machines else "",
-        "With": sentence("; ".join(dict.fromkeys(versions))) if versions else "",
-        "Took": sentence(f"{', '.join(took)}, all processes together") if took else "",
+        "Suite": f"{record['suite']}: {record.get('says') or ''}",
+        "Ran": "; ".join(filter(None, ran)),
+        "On": "; ".join(dict.fromkeys(machines)) if machines else "",
+        "With": "; ".join(dict.fromkeys(versions)) if versions else "",
+        "Took": f"{', '.join(took)}, all processes together" if took else "",
     }
     return [(name, text) for name, text in told_facts.items() if text]
 
@@ -141,7 +143,7 @@ WORK = {"models": "to train models", "tuning": "to search for settings", "cells"
 def _group(record: Part, group: Part, number: int, rows: Sequence[Part], *, first: bool) -> Group:
     sets = group.get("sets") or [group["forget"]]
     together = group["forget"] == "all" and len(sets) > 1
-    what = f"mean over {'; '.join(sets[:4])}{' and more' if len(sets) > 4 else ''}" if together else group["forget"]
+    what = f"{'; '.join(sets[:4])}{' and more' if len(sets) > 4 else ''} (mean)" if together else group["forget"]
     here = [
         (at, row)
         for at, row in enumerate(rows)
@@ -173,8 +175,8 @@ def _findings(standings: Sequence[Part]) -> list[str]:
     front = [one for one in methods if one.get("place") is not None]
     if not front:
         return ["No method empties the classes and keeps the rest."] if methods else []
-    lines = [f"{_counted(len(front), 'of ' + str(len(methods)) + ' variant')} empty the classes and keep the rest."]
-    lines[0] = f"{len(front)} of {_counted(len(methods), 'variant')} of methods empty the classes and keep the rest."
+    count = _counted(len(methods), "method")
+    lines = [f"{len(front)} of {count} (variants counted) empty the classes and keep the rest."]
     ahead = [one for one in front if one["place"] == 1]
     best = next((one for one in front if one.get("best")), None)
     if best is not None:
@@ -182,7 +184,7 @@ def _findings(standings: Sequence[Part]) -> list[str]:
     else:
         lines.append(
             f"Most accuracy on the other classes: {_named(ahead[0])}"
-            + (f"; the seeds do not tell {_counted(len(ahead) - 1, 'other')} apart from it." if len(ahead) > 1 else ".")
+            + (f"; {len(ahead) - 1} more share its place, as the seeds do not tell them apart." if len(ahead) > 1 else ".")
         )
     blind = [one for one in front if one["kind"] == "zero-glance"]
     if blind:
@@ -198,7 +200,7 @@ def _kept(one: Part) -> float:
 
 def _named(one: Part) -> str:
     found = one["figures"].get("retain_accuracy") or {}
-    return f"{one['label']}, {told(found.get('value'))} {bounds(found, 'share')}".strip()
+    return f"{one['label']}, {told(found.get('value'))} {bounds(_cut(found, 1.0), 'share')}".strip()
 
 
 def _scale(standings: Sequence[Part], roles: Part) -> Scale:
@@ -208,7 +210,7 @@ def _scale(standings: Sequence[Part], roles: Part) -> Scale:
     values += [one["retain_accuracy"] for one in roles.values() if one and one.get("retain_accuracy") is not None]
     least = max(0.0, min([0.95, *values]))
     low = int(20 * least) / 20
-    return Scale(low=low, ticks=tuple(low + (1 - low) * part / 4 for part in range(5)))
+    return Scale(low=low, ticks=(low, (1 + low) / 2, 1))
 
 
 def _rank(one: Part, scale: Scale) -> Rank:
@@ -219,12 +221,12 @@ def _rank(one: Part, scale: Scale) -> Rank:
     places = [None if kept.get(name) is None or not inside else scale.place(kept[name]) for name in ("low", "high")]
     missed = [
         words
-        for name, words in (("gone", "the classes are still called"), ("kept", "too much of the rest is lost"))
+        for name, words in (("gone", "still called"), ("kept", "the rest is lost"))
         if one.get(name) == "no"
     ]
-    notes = [KINDS[one["kind"]], *missed]
+    notes = [*missed]
     if one.get("told") is False and one.get("seeds", 0) > 1:
-        notes.append("an interval reaches over a goal")
+        notes.append("within the interval of a goal")
     if one.get("seeds") == 1:
         notes.append("one seed")
     return Rank(
@@ -233,25 +235,33 @@ def _rank(one: Part, scale: Scale) -> Rank:
         method=one["method"],
         variant=one.get("variant") or "",
         mark=MARKS[one["kind"]],
+        kind=KINDS[one["kind"]],
         note="; ".join(notes),
         best=bool(one.get("best")),
-        drawn=Mark(told(value), bounds(kept, "share"), scale.place(value) if inside else None, *places),
+        drawn=Mark(told(value), "", scale.place(value) if inside else None, *places),
         beyond="" if inside or value is None else f"‹ {told(value)}",
         cells=[
-            (told(found.get("value"), unit), bounds(found, unit))
-            for name, unit in RANKED
+            (told(found.get("value"), unit), bounds(_cut(found, most), unit))
+            for name, unit, most in RANKED
             for found in [figures.get(name) or {}]
         ],
     )
 
 
-RANKED: tuple[tuple[str, Any], ...] = (
-    ("retain_accuracy", "share"),
-    ("forget_accuracy", "share"),
-    ("linear_probe_gap", "points"),
-    ("tug_of_war", "plain"),
-    ("seconds", "plain"),
+RANKED: tuple[tuple[str, Any, float], ...] = (
+    ("retain_accuracy", "share", 1.0),
+    ("forget_accuracy", "share", 1.0),
+    ("linear_probe_gap", "points", 1.0),
+    ("tug_of_war", "plain", 1.0),
+    ("seconds", "plain", math.inf),
 )
+"""Figures of a leaderboard, how they are told, and the most that each can be; none can be below 0."""
+
+
+def _cut(found: Part, most: float) -> Part:
+    """Return an interval without what the figure cannot be: Student's knows no ends."""
+    return {name: None if (value := found.get(name)) is None else min(most, max(0.0, value)) for name in ("low", "high")}
+
 
 
 def _role(one: Part) -> list[str]:
