@@ -224,7 +224,7 @@ def _rank(one: Part, scale: Scale) -> Rank:
         for name, words in (("gone", "still called"), ("kept", "the rest is lost"))
         if one.get(name) == "no"
     ]
-    notes = [*missed]
+    notes = [*(["control"] if one["kind"] == "control" else []), *missed]
     if one.get("told") is False and one.get("seeds", 0) > 1:
         notes.append("within the interval of a goal")
     if one.get("seeds") == 1:
@@ -333,3 +333,22 @@ def _link(row: Part) -> str:
     if row["status"] == "done":
         return f"cells/{quote(row['id'])}/report.html"
     return f"#failed-{quote(row['id'])}" if row["status"] == "failed" else ""
+
+
+# A cell's own page
+
+
+def cell_facts(record: Part) -> list[tuple[str, str]]:
+    """Return what the record of a cell holds beyond that of an erasure; nothing of one that is no cell."""
+    bench, asked = record.get("bench") or {}, (record.get("item") or {}).get("asked") or {}
+    original, tuning = asked.get("original") or {}, bench.get("tuning") or {}
+    parts: dict[str, Part] = {
+        "": {name: original.get(key) for name, key in (("data", "data"), ("model", "model"), ("training seed", "seed"))},
+        "images.": bench.get("sizes") or {},
+        "cost.": bench.get("cost") or {},
+        **{f"probes.{role}.": found for role, found in (bench.get("probes") or {}).items()},
+        "tuning.": {name: tuning.get(name) for name in ("settings", "score", "selected_by")} if tuning else {},
+    }
+    if not original and not bench:
+        return []
+    return [row for before, part in parts.items() for row in flat(part, before)]

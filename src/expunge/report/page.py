@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from expunge.report import sections
+from expunge.report.bench_page import cell_facts
 from expunge.report.figures import board, listed, seconds, sentence, told
 from expunge.report.reading import LAYERS
 from expunge.report.rerun import rerun
@@ -22,6 +23,7 @@ SECTIONS = {
     "attacks": ("Attacks", sections.attacks),
     "signals": ("Signals while it was forgotten", sections.signals),
     "weights": ("How far the weights moved", sections.weights),
+    "cell": ("In the benchmark", cell_facts),
     "untested": ("What was not tested", sections.untested),
     "doubts": ("Self-checks", sections.doubts),
     "settings": ("Configuration and environment", sections.settings),
@@ -50,6 +52,7 @@ def page_of(record: Part) -> dict[str, Any]:
         "compared": bool(record["metrics"].get("retrained")),
         "title": _title(forget, audited=bool(verdict)),
         "model": (record.get("model") or {}).get("spec"),
+        "cell": (record.get("item") or {}).get("id"),
         "first_line": verdict.get("first_line") or _first_line(record),
         "layers": _audited(verdict) if verdict else _checked(record),
         "asked": _asked(record),

@@ -195,6 +195,8 @@ RECORD: Form = {
         "scope": TEXT,
     },
     "notes": [TEXT],
+    "item": {"id": TEXT, "asked": {"original": {"data": TEXT, "model": TEXT}}},
+    "bench": {"cost": {"*": ANYTHING}, "probes": {"*": SHARES}, "sizes": SHARES, "tuning": {"*": ANYTHING}},
     "provenance": {"*": ANYTHING},
     "content_hash": TEXT,
 }
