@@ -588,7 +588,7 @@ def _show_line(line: Line) -> None:
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What expunge forget or audit wrote to.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What expunge forget, audit or bench wrote to.")],
     form: Annotated[
         str, typer.Option("--format", metavar="html|md|json", help="html: DIR/report.html; the others are printed.")
     ] = "html",
@@ -602,7 +602,17 @@ def report(
     with _user_errors():
         from expunge.errors import InputError
         from expunge.files import write_atomically
-        from expunge.report import canonical_json, html_writer, markdown_summary, read_pictures, read_record
+        from expunge.report import (
+            bench_html,
+            canonical_json,
+            html_writer,
+            is_bench,
+            markdown_summary,
+            read_bench,
+            read_pictures,
+            read_record,
+            text_writer,
+        )
 
         if form not in ("html", "md", "json"):
             raise InputError(f"expected --format html, md or json, got {form!r}")
@@ -610,13 +620,18 @@ def report(
             raise InputError(f"expected --open with --format html, got {form}")
         if include_images and form != "html":
             raise InputError(f"expected --include-images with --format html, got {form}")
-        record = read_record(folder)
+        whole = is_bench(folder)
+        if whole and (form == "md" or include_images):
+            raise InputError(
+                "a benchmark has a page and JSON here; its Markdown is in tables.md, and it has no pictures"
+            )
+        record = read_bench(folder) if whole else read_record(folder)
         if form != "html":
             typer.echo(markdown_summary(record) if form == "md" else canonical_json(record), nl=False)
             return
         page = folder / "report.html"
         pictures = read_pictures(folder, record) if include_images else None
-        write_atomically({page: html_writer(record, pictures)})
+        write_atomically({page: text_writer(bench_html(record)) if whole else html_writer(record, pictures)})
         if not quiet:
             typer.echo(f"Wrote {page}")
         if show:

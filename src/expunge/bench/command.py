@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from expunge.bench.cells import Cell, Item, Tuning, folder_of, with_needs
+from expunge.bench.overview import bench_record
 from expunge.bench.plots import cost_against_quality, forget_against_retain, growth
 from expunge.bench.records import status_of
 from expunge.bench.runner import Result, run_cells, submit_cells
@@ -19,7 +20,8 @@ from expunge.bench.tables import csv_writer, latex, markdown, parquet_writer, su
 from expunge.commands import check_writable
 from expunge.data import open_source, resolve_classes
 from expunge.errors import InputError
-from expunge.files import write_atomically
+from expunge.files import json_writer, write_atomically
+from expunge.report import bench_html, html_writer, read_record, text_writer
 from expunge.workspace import align
 
 
@@ -29,6 +31,7 @@ class Outcome:
 
     result: Result
     files: tuple[Path, ...]
+    record: Mapping[str, Any]  # bench.json
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,10 @@ def bench_command(
     cells = plan(suite, request, out).cells
     pace = Pace(with_needs(cells), jobs, told) if told is not None else None
     result = run_cells(cells, out, jobs=jobs, retry_failed=retry_failed, device=device, told=pace)
-    return Outcome(result, write_tables(cells, out))
+    record = bench_record(suite, request, cells, out)
+    files = write_tables(cells, out, record)
+    write_pages(record, out, stale_only=True)
+    return Outcome(result, files, record)
 
 
 def submit_command(
@@ -151,15 +157,38 @@ def submit_command(
         raise InputError(f"cannot submit to {cluster} here: {error}") from error
 
 
-def write_tables(cells: Sequence[Cell], out: Path) -> tuple[Path, ...]:
-    """Write the tables and plots of what is done so far; return their paths."""
+def write_pages(record: Mapping[str, Any], out: Path, *, stale_only: bool = False) -> None:
+    """Write the page of each cell that is done.
+
+    Args:
+        record: of the whole benchmark.
+        stale_only: leave pages alone that are newer than their record.
+    """
+    table = record["table"]
+    place, status = (table["columns"].index(name) for name in ("id", "status"))
+    for row in table["rows"]:
+        folder = out / "cells" / row[place]
+        page = folder / "report.html"
+        if row[status] != "done" or (stale_only and _newer(page, folder / "record.json")):
+            continue
+        write_atomically({page: html_writer(read_record(folder))})
+
+
+def _newer(page: Path, record: Path) -> bool:
+    return page.exists() and page.stat().st_mtime >= record.stat().st_mtime
+
+
+def write_tables(cells: Sequence[Cell], out: Path, record: Mapping[str, Any]) -> tuple[Path, ...]:
+    """Write the record of the whole, its page, tables and plots of what is done so far; return their paths."""
     rows = tidy_rows(cells, out)
     summaries = summarize(rows)
     writers: dict[Path, Callable[[Path], None]] = {
+        out / "report.html": text_writer(bench_html(record)),
+        out / "bench.json": json_writer(record),
         out / "results.csv": csv_writer(rows),
         out / "results.parquet": parquet_writer(rows),
-        out / "tables.md": _text(markdown(summaries, rows)),
-        out / "tables.tex": _text(latex(summaries, rows)),
+        out / "tables.md": text_writer(markdown(summaries, rows)),
+        out / "tables.tex": text_writer(latex(summaries, rows)),
     }
     for number, group in enumerate(_first_groups(summaries)):
         writers[out / "plots" / f"forget_retain_{number}.svg"] = forget_against_retain(group, rows)
@@ -167,7 +196,7 @@ def write_tables(cells: Sequence[Cell], out: Path) -> tuple[Path, ...]:
             writers[out / "plots" / f"cost_quality_{number}.svg"] = cost_against_quality(group)
     found = growths(rows)
     if len({one.factor for one in found}) == len(FACTORS):  # a suite that varies all of them
-        writers[out / "scaling.md"] = _text(growth_table(found))
+        writers[out / "scaling.md"] = text_writer(growth_table(found))
         for factor in FACTORS:
             for cost in ("flops", "seconds"):
                 here = [one for one in found if (one.factor, one.cost) == (factor, cost)]
@@ -194,11 +223,3 @@ def _check_data(cells: Sequence[Cell]) -> None:
         source, _ = align(source, options.class_names)
         for forget in {cell.forget for cell in cells if cell.original.options == options}:
             resolve_classes(forget, source.class_names)
-
-
-def _text(content: str) -> Callable[[Path], None]:
-    return lambda path: _write(path, content)
-
-
-def _write(path: Path, content: str) -> None:
-    path.write_text(content, encoding="utf-8")

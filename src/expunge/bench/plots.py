@@ -9,7 +9,6 @@ from statistics import fmean
 from typing import Any
 
 from expunge.bench.scaling import Growth
-from expunge.bench.suites import CONTROLS
 from expunge.bench.tables import Row, Summary
 from expunge.metrics import Interval
 
@@ -89,7 +88,7 @@ def _points(axes: Any, group: Sequence[Summary], x: str, y: str, *, across: bool
         if x not in one.figures or y not in one.figures:
             continue
         right, up = one.figures[x], one.figures[y]
-        color = COLORS[_kind(one)]
+        color = COLORS[one.kind]
         axes.errorbar(
             [right.value],
             [up.value],
@@ -115,12 +114,6 @@ def _points(axes: Any, group: Sequence[Summary], x: str, y: str, *, across: bool
 def _reach(interval: Interval) -> list[float] | None:
     """Return half the width of an interval, for an error bar; None where it is unbounded."""
     return [(interval.high - interval.low) / 2] if math.isfinite(interval.high) else None
-
-
-def _kind(one: Summary) -> str:
-    if one.method in CONTROLS:
-        return "control"
-    return "reads forget data" if "forget" in one.reads else "zero-glance"
 
 
 def _place(group: Sequence[Summary]) -> tuple[str, str]:

@@ -51,17 +51,15 @@ def tidy_rows(cells: Sequence[Cell], out: Path) -> list[Row]:
     return [row_of(cell, record, out) for cell in cells if (record := read(folder_of(cell, out))) is not None]
 
 
-def row_of(cell: Cell, record: Mapping[str, Any], out: Path) -> Row:
-    """Return one row of the tidy table; what a failed cell, or one without a reference, does not have is None."""
-    about, original = record["item"], cell.original
-    row: dict[str, Any] = dict.fromkeys(COLUMNS)
-    row |= {
+def missing_row(cell: Cell) -> dict[str, Any]:
+    """Return the row of a cell that nothing came of yet: what was asked, and None for the rest."""
+    original = cell.original
+    return dict.fromkeys(COLUMNS) | {
         "id": cell.id,
-        "status": about["status"],
-        "error": f"{about['error']['type']}: {about['error']['message']}" if about["error"] else None,
+        "status": "missing",
         "data": original.data,
         "model": model_name(original.model),
-        "model_spec": about["asked"]["original"]["model"],
+        "model_spec": original.model,
         "forget": "+".join(cell.forget),
         "num_forget_classes": len(cell.forget),
         "method": cell.method,
@@ -70,6 +68,16 @@ def row_of(cell: Cell, record: Mapping[str, Any], out: Path) -> Row:
         "training_seed": original.seed,
         "unlearning_seed": cell.seed,
         "retain_per_class": cell.retain_per_class,
+    }
+
+
+def row_of(cell: Cell, record: Mapping[str, Any], out: Path) -> Row:
+    """Return one row of the tidy table; what a failed cell, or one without a reference, does not have is None."""
+    about = record["item"]
+    row = missing_row(cell) | {
+        "status": about["status"],
+        "error": f"{about['error']['type']}: {about['error']['message']}" if about["error"] else None,
+        "model_spec": about["asked"]["original"]["model"],
     }
     if about["status"] == "failed":
         return row
@@ -157,27 +165,29 @@ class Figure:
     digits: int = 1
 
 
-def _column(name: str, scale: float = 1.0) -> Callable[[Row], float | None]:
+def column(name: str, scale: float = 1.0) -> Callable[[Row], float | None]:
+    """Return how to read a column, times `scale`."""
     return lambda row: None if row[name] is None else scale * row[name]
 
 
-def _size(name: str) -> Callable[[Row], float | None]:
-    return lambda row: None if row[name] is None else 100 * abs(row[name])
+def size(name: str, scale: float = 1.0) -> Callable[[Row], float | None]:
+    """Return how to read how far a column is from zero, times `scale`."""
+    return lambda row: None if row[name] is None else scale * abs(row[name])
 
 
 FIGURES = (
-    Figure("forget_accuracy", "A_f %", _column("forget_accuracy", 100)),
-    Figure("retain_accuracy", "A_r %", _column("retain_accuracy", 100)),
-    Figure("forget_gap", "A_f gap", _size("forget_gap"), "low"),
-    Figure("retain_gap", "A_r gap", _size("retain_gap"), "low"),
-    Figure("tug_of_war", "ToW", _column("tug_of_war"), "high", 3),
-    Figure("linear_probe", "probe %", _column("linear_probe", 100)),
-    Figure("linear_probe_gap", "probe gap", _size("linear_probe_gap"), "low"),
-    Figure("seconds", "s", _column("seconds")),
-    Figure("cpu_seconds", "CPU s", _column("cpu_seconds")),
-    Figure("steps", "steps", _column("steps"), None, 0),
-    Figure("flops", "GFLOP", _column("flops", 1e-9)),
-    Figure("peak_memory_bytes", "MB", _column("peak_memory_bytes", 1e-6), None, 0),
+    Figure("forget_accuracy", "A_f %", column("forget_accuracy", 100)),
+    Figure("retain_accuracy", "A_r %", column("retain_accuracy", 100)),
+    Figure("forget_gap", "A_f gap", size("forget_gap", 100), "low"),
+    Figure("retain_gap", "A_r gap", size("retain_gap", 100), "low"),
+    Figure("tug_of_war", "ToW", column("tug_of_war"), "high", 3),
+    Figure("linear_probe", "probe %", column("linear_probe", 100)),
+    Figure("linear_probe_gap", "probe gap", size("linear_probe_gap", 100), "low"),
+    Figure("seconds", "s", column("seconds")),
+    Figure("cpu_seconds", "CPU s", column("cpu_seconds")),
+    Figure("steps", "steps", column("steps"), None, 0),
+    Figure("flops", "GFLOP", column("flops", 1e-9)),
+    Figure("peak_memory_bytes", "MB", column("peak_memory_bytes", 1e-6), None, 0),
 )
 """What tables for people show. Gaps are to the retrained model, in points; best is what is nearest to it."""
 
@@ -199,9 +209,23 @@ class Summary:
     def label(self) -> str:
         return self.method if self.variant == "default" else f"{self.method} ({self.variant})"
 
+    @property
+    def kind(self) -> Kind:
+        return kind_of(self.method, self.reads)
 
-def summarize(rows: Iterable[Row]) -> list[Summary]:
-    """Return means with 95 % Student intervals over seeds.
+
+Kind = Literal["zero-glance", "reads forget data", "control"]
+
+
+def kind_of(method: str, reads: str) -> Kind:
+    """Return what a method is told apart by: controls stand aside, whatever they read."""
+    if method in CONTROLS:
+        return "control"
+    return "reads forget data" if "forget" in reads.split("+") else "zero-glance"
+
+
+def summarize(rows: Iterable[Row], figures: Sequence[Figure] = FIGURES) -> list[Summary]:
+    """Return means of `figures` with 95 % Student intervals over seeds.
 
     One value is of one training seed: cells that share it share an original, and are no independent draws, so they are
     averaged first. Where there is one training seed only, a value is of one unlearning seed. Where several sets of
@@ -219,11 +243,11 @@ def summarize(rows: Iterable[Row]) -> list[Summary]:
                 groups = {"all": own} | groups
             for name, group in groups.items():
                 if group:
-                    summaries.append(_summary(group, name, len(sets) if name == "all" else 1))
+                    summaries.append(_summary(group, name, len(sets) if name == "all" else 1, figures))
     return sorted(summaries, key=lambda one: (one.data, one.model, one.forget != "all", one.forget))
 
 
-def _summary(rows: Sequence[Row], forget: str, num_sets: int) -> Summary:
+def _summary(rows: Sequence[Row], forget: str, num_sets: int, asked: Sequence[Figure]) -> Summary:
     first = rows[0]
     unit = "training_seed" if len({row["training_seed"] for row in rows}) > 1 else "unlearning_seed"
     by_seed: dict[int, list[Row]] = {}
@@ -231,7 +255,7 @@ def _summary(rows: Sequence[Row], forget: str, num_sets: int) -> Summary:
         by_seed.setdefault(row[unit], []).append(row)
     whole = [group for group in by_seed.values() if len({row["forget"] for row in group}) == num_sets]
     figures: dict[str, Interval] = {}
-    for figure in FIGURES:
+    for figure in asked:
         values = [
             fmean(found) for group in whole if (found := [v for row in group if (v := figure.of(row)) is not None])
         ]

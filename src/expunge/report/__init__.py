@@ -1,9 +1,10 @@
 """A record as a page, as a Markdown summary, or as canonical JSON. Reads the record; computes no measure.
 
-The page is one HTML file that asks for nothing: style, script and figures (inline SVG) are in it, and a content
-security policy refuses the rest. What the record does not hold is left out. Everything in it that came from outside is
-escaped. reading.py checks a record, figures.py turns numbers into words and places, sections.py and page.py lay out
-what ../templates show, rerun.py builds the command that does it again.
+A page, of one run or of a benchmark, is one HTML file that asks for nothing: style, script and figures (inline SVG)
+are in it, and a content security policy refuses the rest. What the record does not hold is left out. Everything in it
+that came from outside is escaped. reading.py checks a record, figures.py turns numbers into words and places,
+sections.py, looks.py and page.py lay out what ../templates show, rerun.py builds the command that does it again;
+bench_reading.py, scatter.py and bench_page.py do so for the record of a benchmark.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,24 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from expunge.files import canonical_json
+from expunge.report.bench_page import bench_page
+from expunge.report.bench_reading import check_bench, is_bench, read_bench
 from expunge.report.page import card_of, page_of
 from expunge.report.reading import check_record, read_pictures, read_record
 
 __all__ = [
+    "bench_html",
     "canonical_json",
+    "check_bench",
     "check_record",
     "html_report",
     "html_writer",
+    "is_bench",
     "markdown_summary",
+    "read_bench",
     "read_pictures",
     "read_record",
+    "text_writer",
 ]
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
@@ -43,11 +51,24 @@ def html_report(record: Mapping[str, Any], pictures: Mapping[str, Any] | None = 
     Args:
         pictures: of samples, as `read_pictures` gives them, to be shown; None: no picture that began as an image.
     """
-    style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    return _page("report.html.jinja", ("report",), page_of(record, pictures))
+
+
+def bench_html(record: Mapping[str, Any]) -> str:
+    """Return the page of a benchmark's record that `check_bench` lets through: one self-contained HTML file."""
+    return _page("bench.html.jinja", ("report", "bench"), bench_page(record))
+
+
+def _page(template: str, parts: Sequence[str], page: Mapping[str, Any]) -> str:
+    """Return a page with its styles and scripts in it, and the policy that allows no other script."""
+    style, script = (
+        "".join((TEMPLATES / f"{part}.{kind}").read_text(encoding="utf-8") for part in parts) for kind in ("css", "js")
+    )
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    template = _environment().get_template("report.html.jinja")
-    return template.render(
-        page=page_of(record, pictures), style=Markup(style), script=Markup(script), script_hash=f"sha256-{digest}"
+    return (
+        _environment()
+        .get_template(template)
+        .render(page=page, style=Markup(style), script=Markup(script), script_hash=f"sha256-{digest}")
     )
 
 
@@ -58,7 +79,11 @@ def markdown_summary(record: Mapping[str, Any]) -> str:
 
 def html_writer(record: Mapping[str, Any], pictures: Mapping[str, Any] | None = None) -> Callable[[Path], None]:
     """Return a writer of the page, for `write_atomically`."""
-    text = html_report(record, pictures)
+    return text_writer(html_report(record, pictures))
+
+
+def text_writer(text: str) -> Callable[[Path], None]:
+    """Return a writer of text, for `write_atomically`."""
 
     def write(path: Path) -> None:
         path.write_text(text, encoding="utf-8")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from expunge.report import looks, sections
+from expunge.report.bench_page import cell_facts
 from expunge.report.figures import board, listed, seconds, sentence, told
 from expunge.report.reading import LAYERS
 from expunge.report.rerun import rerun
@@ -26,6 +27,7 @@ SECTIONS = {
     "signals": ("Signals while it was forgotten", sections.signals),
     "learned": ("Images that were learned to forget with", looks.learned),
     "weights": ("How far the weights moved", sections.weights),
+    "cell": ("In the benchmark", cell_facts),
     "untested": ("What was not tested", sections.untested),
     "doubts": ("Self-checks", sections.doubts),
     "settings": ("Configuration and environment", sections.settings),
@@ -59,6 +61,7 @@ def page_of(record: Part, pictures: Part | None = None) -> dict[str, Any]:
         "compared": bool(record["metrics"].get("retrained")),
         "title": _title(forget, audited=bool(verdict)),
         "model": (record.get("model") or {}).get("spec"),
+        "cell": (record.get("item") or {}).get("id"),
         "first_line": verdict.get("first_line") or _first_line(record),
         "layers": _audited(verdict) if verdict else _checked(record),
         "asked": _asked(record),

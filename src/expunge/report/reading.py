@@ -32,11 +32,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise InputError(f"expected the folder that expunge forget or audit wrote to, got {folder}: it is no folder")
     if not path.is_file():
         raise InputError(f"expected a record.json in {folder}, found none")
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        json.dumps(record, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is no record: it is not JSON in UTF-8 ({type(error).__name__})") from error
+    record = read_json(path)
     try:
         check_record(record)
     except InputError as error:
@@ -61,10 +57,30 @@ def read_pictures(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
         raise InputError(f"{path} was changed: it does not hold the pictures that were kept with the record")
     try:
         pictures = json.loads(content)
-        _check(pictures, PICTURES, "the pictures")
+        check_form(pictures, PICTURES, "the pictures")
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} holds no pictures: {first_line(error)}") from error
     return dict(pictures)
+
+
+def read_json(path: Path) -> Any:
+    """Return what is in a JSON file.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(content, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no record: it is not JSON in UTF-8 ({type(error).__name__})") from error
+    return content
+
+
+def check_version(version: Any) -> None:
+    """Refuse another schema than this version writes."""
+    if version != SCHEMA_VERSION:
+        raise InputError(f"expected schema_version {SCHEMA_VERSION}, got {str(version)[:40]}")
 
 
 def check_record(record: Any) -> None:
@@ -75,10 +91,8 @@ def check_record(record: Any) -> None:
     """
     if not isinstance(record, Mapping) or not {"schema_version", "method", "metrics", "classes"} <= set(record):
         raise InputError("expected an object with schema_version, method, metrics and classes")
-    version = record["schema_version"]
-    if version != SCHEMA_VERSION:
-        raise InputError(f"expected schema_version {SCHEMA_VERSION}, got {str(version)[:40]}")
-    _check(record, RECORD, "")
+    check_version(record["schema_version"])
+    check_form(record, RECORD, "")
     for name in ("method", "metrics.before", "metrics.after", "classes.forget", "classes.all"):
         part, _, key = name.partition(".")
         value = record[part] if not key else (record[part] or {}).get(key)
@@ -221,26 +235,29 @@ RECORD: Form = {
         "scope": TEXT,
     },
     "notes": [TEXT],
+    "item": {"id": TEXT, "asked": {"original": {"data": TEXT, "model": TEXT}}},
+    "bench": {"cost": {"*": ANYTHING}, "probes": {"*": SHARES}, "sizes": SHARES, "tuning": {"*": ANYTHING}},
     "provenance": {"*": ANYTHING},
     "content_hash": TEXT,
 }
 
 
-def _check(value: Any, form: Form, where: str) -> None:
+def check_form(value: Any, form: Form, where: str) -> None:
+    """Refuse a value that is not of a form; null may be anywhere but in a list."""
     if value is None:
         return
     if isinstance(form, dict):
         if not isinstance(value, Mapping):
             raise InputError(f"expected an object at {where}")
         for key, part in value.items():
-            _check(part, form.get(key) or form.get("*") or ANYTHING, f"{where}.{key}".removeprefix("."))
+            check_form(part, form.get(key) or form.get("*") or ANYTHING, f"{where}.{key}".removeprefix("."))
     elif isinstance(form, list):
         if not isinstance(value, (list, tuple)):
             raise InputError(f"expected a list at {where}")
         for part in value:
             if part is None and form[0] != ANYTHING:
                 raise InputError(f"expected no null in the list at {where}")
-            _check(part, form[0], where)
+            check_form(part, form[0], where)
     elif isinstance(form, tuple):
         if value not in form:
             raise InputError(f"expected {', '.join(form)} at {where}")

@@ -33,6 +33,20 @@ def rerun(record: Part) -> dict[str, str] | None:
     return {"command": shlex.join(words), "note": note}
 
 
+def rerun_bench(record: Part) -> str:
+    """Return the command that runs a benchmark again, in a folder of its own."""
+    asked = record.get("asked") or {}
+    words = ["expunge", "bench", record["suite"], *_each("--data", (asked.get("data") or {}).get("spec"))]
+    for classes in asked.get("classes") or ():
+        words += _each("--classes", ",".join(classes))
+    for name in ("methods", "audits"):
+        if asked.get(name):
+            words += _each(f"--{name}", ",".join(asked[name]))
+    for name in ("seeds", "trials", "weights", "model", "epochs", "retain_per_class"):
+        words += _each(f"--{name.replace('_', '-')}", asked.get(name))
+    return shlex.join([*words, *_reading({"options": asked.get("data")}), "--out", "again"])
+
+
 def _forget(record: Part, model: Part, data: Part, config: Part) -> Iterator[str]:
     yield from ("expunge", "forget", "--weights", model["weights"], *_shared(record, model, data))
     for key in ("retain_per_class", "retain_share"):

@@ -2,6 +2,22 @@
 // Three conveniences; the page is whole without them. Text goes in as text, never as markup.
 const readout = document.querySelector(".readout");
 
+// Shows a title and lines of a name and a value beside the pointer.
+function tell(event, title, pairs) {
+  const first = Object.assign(document.createElement("strong"), { textContent: title });
+  const lines = pairs.map((pair) => {
+    const line = document.createElement("span");
+    line.append(...pair.map((text) => Object.assign(document.createElement("span"), { textContent: text })));
+    return line;
+  });
+  readout.replaceChildren(first, ...lines);
+  readout.hidden = false;
+  const size = readout.getBoundingClientRect();
+  const left = event.clientX + 16 + size.width > window.innerWidth ? event.clientX - size.width - 16 : event.clientX + 16;
+  readout.style.left = Math.max(4, left) + "px";
+  readout.style.top = Math.max(4, Math.min(event.clientY - size.height - 8, window.innerHeight - size.height - 4)) + "px";
+}
+
 // Pointing at a chart tells the numbers of the nearest step, from the chart's own table.
 for (const plot of document.querySelectorAll(".plot[data-numbers]")) {
   const table = document.querySelector("#" + plot.dataset.numbers + " table");
@@ -23,22 +39,8 @@ for (const plot of document.querySelectorAll(".plot[data-numbers]")) {
     pointed.setAttribute("x1", row.dataset.at + "%");
     pointed.setAttribute("x2", row.dataset.at + "%");
     pointed.setAttribute("visibility", "visible");
-    const title = document.createElement("strong");
-    title.textContent = names[0] + " " + row.cells[0].textContent;
-    const lines = [...row.cells].slice(1).flatMap((cell, number) => {
-      if (cell.textContent === "") return [];
-      const line = document.createElement("span");
-      for (const text of [names[number + 1], cell.textContent]) {
-        line.append(Object.assign(document.createElement("span"), { textContent: text }));
-      }
-      return [line];
-    });
-    readout.replaceChildren(title, ...lines);
-    readout.hidden = false;
-    const size = readout.getBoundingClientRect();
-    const left = event.clientX + 16 + size.width > window.innerWidth ? event.clientX - size.width - 16 : event.clientX + 16;
-    readout.style.left = Math.max(4, left) + "px";
-    readout.style.top = Math.max(4, Math.min(event.clientY - size.height - 8, window.innerHeight - size.height - 4)) + "px";
+    const pairs = [...row.cells].slice(1).map((cell, number) => [names[number + 1], cell.textContent]);
+    tell(event, names[0] + " " + row.cells[0].textContent, pairs.filter((pair) => pair[1] !== ""));
   });
 }
 
