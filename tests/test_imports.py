@@ -18,7 +18,7 @@ LAYERS = (
     {"journal", "config", "files", "data", "processes"},
     {"report", "ledger", "signing"},
     {"training"},
-    {"metrics", "models", "weights", "signals"},
+    {"metrics", "models", "weights", "signals", "pictures"},
     {"audits"},
     {"workspace", "methods", "verdict", "provenance"},
     {"evaluation"},

@@ -154,7 +154,7 @@ def test_what_the_record_does_not_hold_is_left_out() -> None:
     text = html_report(without)
     assert "gap to retrained" not in text
     assert "gap to original" in text
-    assert set(SECTIONS) - set(page_of(without)["sections"]) == {"signals"}
+    assert set(SECTIONS) - set(page_of(without)["sections"]) == {"signals", "confusion", "map", "learned"}
 
 
 def test_null_figures_are_dashes() -> None:
@@ -202,7 +202,7 @@ def test_figures_that_are_no_shares_get_their_own_scale() -> None:
     record["audits"]["made up"] = made
     boards = {one["name"]: one["board"] for one in page_of(record)["sections"]["attacks"]["boards"]}
     assert boards["Rmia"].rows[0].marks["unlearned"].text == "0.43"
-    assert boards["Where it looks"].ticks[0] == (0, "-1")
+    assert page_of(record)["sections"]["attention"]["board"].ticks[0] == (0, "-1")
     assert boards["Made up"].ticks[-1] == (100, "7.5")
     assert boards["Made up"].rows[0].marks["unlearned"].at == 100
     assert boards["Prototype"].ticks[-1] == (100, "100 %")

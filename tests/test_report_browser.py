@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from expunge.report import html_report
+from illustrated import illustrated, pictures_of
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 RECORDS = Path(__file__).parent / "records"
 CHROMIUM = shutil.which("chromium")
-NAMES = ("demo", "audit", "many", "least")
+NAMES = ("demo", "audit", "many", "least", "pictures")
 WIDTHS = {"phone": 360, "desk": 1280}
 MISSING = next(
     (
@@ -52,6 +53,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The pages of stored records, of one with a hundred classes of awkward names, and of one that holds nothing."""
     folder = tmp_path_factory.mktemp("pages")
     records = {name: json.loads((RECORDS / f"{name}.json").read_text(encoding="utf-8")) for name in ("demo", "audit")}
+    records |= {name: illustrated(record) for name, record in records.items()}
     records["many"] = many(records["audit"])
     records["least"] = {
         "schema_version": 1,
@@ -61,6 +63,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
     for name, record in records.items():
         (folder / f"{name}.html").write_text(html_report(record), encoding="utf-8")
+    text = html_report(records["audit"], pictures_of(records["audit"]))
+    (folder / "pictures.html").write_text(text, encoding="utf-8")
     return {name: folder / f"{name}.html" for name in NAMES}
 
 
@@ -72,7 +76,7 @@ def many(audit: dict[str, Any]) -> dict[str, Any]:
     for side in ("before", "after", "retrained"):
         record["metrics"][side]["per_class_accuracy"] = {name: place / 100 for place, name in enumerate(names)}
         record["metrics"][side]["forget_prediction_distribution"] = dict.fromkeys(names, 0.01)
-    return record
+    return illustrated(record)
 
 
 @dataclass
@@ -128,7 +132,13 @@ def test_every_figure_is_drawn(browser: Browser, pages: dict[str, Path], name: s
             const marks = [...figure.querySelectorAll('use')].map(mark => mark.getBoundingClientRect());
             const inside = marks.filter(mark => mark.width > 4 && mark.left >= box.left - 8
                 && mark.right <= box.right + 8 && mark.top >= box.top - 8 && mark.bottom <= box.bottom + 8);
-            return box.width < 100 || marks.length === 0 || inside.length < marks.length;
+            const cells = [...figure.querySelectorAll('td[style]')];
+            const drawn = figure.matches('.heat')
+                ? cells.length && cells.every(cell => getComputedStyle(cell).backgroundColor !== 'rgba(0, 0, 0, 0)')
+                : marks.length > 0;
+            const dots = [...figure.querySelectorAll('.dots')].map(path => path.getBoundingClientRect());
+            const out = dots.filter(dot => dot.width < 4 || dot.left < box.left || dot.right > box.right);
+            return box.width < 100 || !drawn || out.length || inside.length < marks.length;
         }).map(figure => figure.textContent.slice(0, 60))"""
     )
     assert empty == []
@@ -140,7 +150,7 @@ def test_every_figure_is_drawn(browser: Browser, pages: dict[str, Path], name: s
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1280, "light")], ids=WIDTHS)
-@pytest.mark.parametrize("name", ["demo", "audit", "least"])
+@pytest.mark.parametrize("name", ["demo", "audit", "least", "pictures"])
 def test_axe_finds_nothing(browser: Browser, pages: dict[str, Path], name: str, width: int, scheme: str) -> None:
     page = look(browser, pages[name], width, scheme).page
     open_all(page)
@@ -152,6 +162,38 @@ def test_axe_finds_nothing(browser: Browser, pages: dict[str, Path], name: str, 
     assert len(found["passes"]) > 15
     assert [(one["id"], one["nodes"][0]["html"][:200]) for one in found["violations"]] == []
     page.context.close()
+
+
+@pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
+def test_every_picture_is_decoded(browser: Browser, pages: dict[str, Path], width: int) -> None:
+    page = look(browser, pages["pictures"], width).page
+    sizes = page.locator("img").evaluate_all("images => images.map(image => image.naturalWidth)")
+    assert sizes == [16] * 7
+    page.context.close()
+
+
+def test_numbers_on_tinted_cells_can_be_read(browser: Browser, pages: dict[str, Path]) -> None:
+    for scheme in ("light", "dark"):
+        page = look(browser, pages["audit"], scheme=scheme).page
+        colors = page.locator(".heat td[style]").evaluate_all(
+            """cells => {
+                const pen = Object.assign(document.createElement('canvas'), {width: 1, height: 1}).getContext('2d');
+                const seen = color => {
+                    pen.fillStyle = color;
+                    pen.fillRect(0, 0, 1, 1);
+                    const parts = [...pen.getImageData(0, 0, 1, 1).data].slice(0, 3).map(part => part / 255);
+                    const linear = parts.map(part => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
+                    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2];
+                };
+                return cells.map(cell => {
+                    const style = getComputedStyle(cell);
+                    return [seen(style.color), seen(style.backgroundColor)].sort((one, other) => other - one);
+                });
+            }"""
+        )
+        assert len(colors) > 30
+        assert min((bright + 0.05) / (dark + 0.05) for bright, dark in colors) > 4.5  # WCAG AA
+        page.context.close()
 
 
 def test_each_role_has_one_colour_everywhere(browser: Browser, pages: dict[str, Path]) -> None:

@@ -106,6 +106,14 @@ Sign = Annotated[
         rich_help_panel="Record",
     ),
 ]
+IncludeImages = Annotated[
+    bool,
+    typer.Option(
+        "--include-images",
+        help="Keep pictures of a few samples (images.json), which may show people, and show them on the page.",
+        rich_help_panel="Record",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 
 
@@ -257,6 +265,7 @@ def forget(
     ledger: Ledger = None,
     no_ledger: NoLedger = False,
     sign: Sign = None,
+    include_images: IncludeImages = False,
     seed: Seed = 0,
     device: Device = None,
     quiet: Quiet = False,
@@ -286,7 +295,7 @@ def forget(
                 retrained=retrained,
                 seed=seed,
                 device=device,
-                keep=_record_options(out, ledger, no_ledger, sign),
+                keep=_record_options(out, ledger, no_ledger, sign, include_images),
                 journal=journal,
             )
         _finish(outcome, quiet)
@@ -356,6 +365,7 @@ def audit(
     ledger: Ledger = None,
     no_ledger: NoLedger = False,
     sign: Sign = None,
+    include_images: IncludeImages = False,
     seed: Seed = 0,
     device: Device = None,
     quiet: Quiet = False,
@@ -390,7 +400,7 @@ def audit(
                 ensembles=many if budget == "large" else None,
                 seed=seed,
                 device=device,
-                keep=_record_options(out, ledger, no_ledger, sign),
+                keep=_record_options(out, ledger, no_ledger, sign, include_images),
                 journal=journal,
             )
         if not quiet:
@@ -583,24 +593,30 @@ def report(
         str, typer.Option("--format", metavar="html|md|json", help="html: DIR/report.html; the others are printed.")
     ] = "html",
     show: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+    include_images: Annotated[
+        bool, typer.Option("--include-images", help="Show the pictures of samples that were kept with the record.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Make the page of a record again, a Markdown summary (fit for a model card), or its JSON in canonical form."""
     with _user_errors():
         from expunge.errors import InputError
         from expunge.files import write_atomically
-        from expunge.report import canonical_json, html_writer, markdown_summary, read_record
+        from expunge.report import canonical_json, html_writer, markdown_summary, read_pictures, read_record
 
         if form not in ("html", "md", "json"):
             raise InputError(f"expected --format html, md or json, got {form!r}")
         if show and form != "html":
             raise InputError(f"expected --open with --format html, got {form}")
+        if include_images and form != "html":
+            raise InputError(f"expected --include-images with --format html, got {form}")
         record = read_record(folder)
         if form != "html":
             typer.echo(markdown_summary(record) if form == "md" else canonical_json(record), nl=False)
             return
         page = folder / "report.html"
-        write_atomically({page: html_writer(record)})
+        pictures = read_pictures(folder, record) if include_images else None
+        write_atomically({page: html_writer(record, pictures)})
         if not quiet:
             typer.echo(f"Wrote {page}")
         if show:
@@ -856,7 +872,9 @@ def _data_options(
     )
 
 
-def _record_options(out: Path, ledger: Path | None, no_ledger: bool, key: Path | None) -> RecordOptions:
+def _record_options(
+    out: Path, ledger: Path | None, no_ledger: bool, key: Path | None, include_images: bool
+) -> RecordOptions:
     from expunge.commands import RecordOptions
     from expunge.errors import InputError
     from expunge.ledger import NAME
@@ -864,7 +882,9 @@ def _record_options(out: Path, ledger: Path | None, no_ledger: bool, key: Path |
     if ledger is not None and no_ledger and not os.environ.get("EXPUNGE_LEDGER"):
         raise InputError("expected --ledger or --no-ledger, got both")
     usual = out.absolute().parent / NAME
-    return RecordOptions(ledger=None if no_ledger else ledger or usual, key=key, password=_password())
+    return RecordOptions(
+        ledger=None if no_ledger else ledger or usual, key=key, password=_password(), include_images=include_images
+    )
 
 
 def _password() -> str | None:

@@ -41,6 +41,7 @@ from expunge.ledger import Transaction, check_usable, now, writing
 from expunge.methods import METHODS, PRESETS
 from expunge.metrics import accuracy
 from expunge.models import reinitialized
+from expunge.pictures import learned_record
 from expunge.provenance import (
     SAMPLE,
     SampleHashes,
@@ -56,7 +57,7 @@ from expunge.provenance import (
 )
 from expunge.report import html_writer
 from expunge.report.rerun import rerun
-from expunge.schema import Phase, Preprocessing, Record, Split, TrainConfig
+from expunge.schema import IMAGES, Phase, Preprocessing, Record, Split, TrainConfig
 from expunge.signing import SIGNATURE, check_private, sign_folder
 from expunge.training import predict, train
 from expunge.verdict import verdict
@@ -92,6 +93,7 @@ class RecordOptions:
     ledger: Path | None = None  # where it is entered; None: nowhere
     key: Path | None = None  # private key to sign with; None: not signed
     password: str | None = None  # of the key
+    include_images: bool = False  # keep pictures of samples beside the record, and show them on its page
 
     def signer(self) -> str | None:
         """Return the id of the key to sign with, and find out before the work whether key and ledger can be used.
@@ -215,7 +217,7 @@ def forget_command(
         classes: names or indices to forget.
         settings: `name=value` changes of the preset's configuration.
         retrained: weights of the same model trained without the classes, to compare with.
-        keep: the ledger to enter the erasure in, and the key to sign it with; None: neither.
+        keep: the ledger to enter the erasure in, the key to sign it with, and whether to keep pictures; None: neither.
 
     Raises:
         InputError: something cannot be used; DivergedError where a loss became NaN.
@@ -223,7 +225,7 @@ def forget_command(
     journal = journal or Journal()
     retain = retain or RetainOptions()
     keep = keep or RecordOptions()
-    for name in ("record.json", "report.html", SAMPLE):
+    for name in ("record.json", "report.html", SAMPLE, IMAGES):
         check_writable(out / name)
     signer = keep.signer()
     before = weights_digests(weights)
@@ -243,11 +245,13 @@ def forget_command(
         done.reference.model if done.reference else None,
         retrained_preprocessing=done.reference.preprocessing if done.reference else None,
         method=method,
-        config={"preset": preset, "settings": list(settings)} | as_json(done.config),
+        config={"preset": preset, "settings": list(settings)} | as_json(done.config) | _asked_for(keep),
         seed=seed,
         phases=done.phases,
         journal=journal,
     )
+    pictures: dict[str, Any] | None = {} if keep.include_images else None
+    learned = learned_record(journal.learned, workspace.model, done.unlearned, names, workspace.preprocessing, pictures)
     skipped = done.num_bad + test.num_bad
     if skipped:
         notes.append(f"left out {skipped:,} images that cannot be decoded")
@@ -282,6 +286,7 @@ def forget_command(
             "skipped_bad": skipped,
             "options": _as_given(data),
         },
+        learned=learned,
         notes=tuple(notes),
         provenance={
             "kind": "forget",
@@ -295,7 +300,7 @@ def forget_command(
             "signer": signer,
         },
     )
-    return _keep(record, out, files, keep)
+    return _keep(record, out, files, keep, pictures)
 
 
 UNLEARNED = "unlearned.safetensors"
@@ -399,8 +404,21 @@ def erase(
     )
 
 
-def _keep(record: Record, out: Path, files: Mapping[str, bytes], keep: RecordOptions) -> Outcome:
+def _asked_for(keep: RecordOptions) -> dict[str, Any]:
+    """Return what the configuration says of pictures: nothing where none were asked for."""
+    return {"include_images": True} if keep.include_images else {}
+
+
+def _keep(
+    record: Record,
+    out: Path,
+    files: Mapping[str, bytes],
+    keep: RecordOptions,
+    pictures: Mapping[str, Any] | None = None,
+) -> Outcome:
     """Write a record, its page and the files it vouches for, all or none; enter it in the ledger; sign it."""
+    if pictures is not None:
+        files = dict(files) | {IMAGES: json_text(pictures).encode()}
     with _entry(keep.ledger) as entry:
         made = dict(record.provenance or {}) | {
             "created": now(),
@@ -410,9 +428,10 @@ def _keep(record: Record, out: Path, files: Mapping[str, bytes], keep: RecordOpt
         }
         content = seal(as_json(replace(record, provenance=made)))
         writers = {out / name: bytes_writer(held) for name, held in files.items()}
-        writers |= {out / "record.json": json_writer(content), out / "report.html": html_writer(content)}
+        writers |= {out / "record.json": json_writer(content), out / "report.html": html_writer(content, pictures)}
         write_atomically(writers)
-        (out / SIGNATURE).unlink(missing_ok=True)  # of what was there before
+        for name in {SIGNATURE, IMAGES} - set(files):
+            (out / name).unlink(missing_ok=True)  # of what was there before
         if entry is not None:
             entry.append(ledger_entry(content, out))
     paths = [*writers]
@@ -527,7 +546,7 @@ def audit_command(
         ensembles: train many models and judge the method by them too (hours); None: do not. Their answers are kept in
             `out`/ensembles, and an interrupted run goes on with the next model.
         seed: of all randomness.
-        keep: the ledger to enter the audit in, and the key to sign it with; None: neither.
+        keep: the ledger to enter the audit in, the key to sign it with, and whether to keep pictures; None: neither.
 
     Raises:
         InputError: something cannot be used.
@@ -535,8 +554,8 @@ def audit_command(
     journal = journal or Journal()
     keep = keep or RecordOptions()
     chosen = _audits(audits)
-    check_writable(out / "record.json")
-    check_writable(out / "report.html")
+    for name in ("record.json", "report.html", IMAGES):
+        check_writable(out / name)
     signer = keep.signer()
     classes = classes or _newly_forgotten(original, unlearned)
     workspace = open_workspace(data, model, original, leave_out=classes, seed=seed, device=device)
@@ -544,6 +563,7 @@ def audit_command(
     references = [_retrained(workspace, path) for path in retrained]
     notes = list(workspace.notes)
     split, skipped = _audit_split(workspace, data, training_data, journal)
+    pictures: dict[str, Any] | None = {} if keep.include_images else None
     if training_data:
         notes.append("the train images of --data are taken for those the original was trained on")
     record = evaluate(
@@ -557,9 +577,11 @@ def audit_command(
         audits=chosen,
         retrained_metadata=[one.metadata for one in references],
         method=f"audit of {subject.metadata.made_by or 'unknown'}",
-        config={"audits": list(audits), "training_data": training_data, "ensembles": as_json(ensembles)},
+        config={"audits": list(audits), "training_data": training_data, "ensembles": as_json(ensembles)}
+        | _asked_for(keep),
         seed=seed,
         journal=journal,
+        pictures=pictures,
     )
     if ensembles is not None:
         many = _judged_by_many(workspace, split, ensembles, out / "ensembles", seed, journal)
@@ -596,7 +618,7 @@ def audit_command(
             "signer": signer,
         },
     )
-    return _keep(record, out, {}, keep)
+    return _keep(record, out, {}, keep, pictures)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from expunge.metrics import (
     accuracy,
     activation_distances,
     calibration_error,
+    confusion_counts,
     divergence_bits,
     entropy_bits,
     layer_distances,
@@ -57,6 +58,7 @@ def evaluate(
     seed: int | None = None,
     phases: Sequence[Phase] = (),
     journal: Journal | None = None,
+    pictures: dict[str, Any] | None = None,
 ) -> Record:
     """Measure the models on `split.test`, and on `split.forget` where it is given; none of them is changed.
 
@@ -77,6 +79,7 @@ def evaluate(
         method: recorded, as are `config` and `seed` (of all randomness of the audits).
         phases: of the method's run, for its cost.
         journal: of the method's run, for what its calibration found; evaluation adds its own phases.
+        pictures: to be filled with pictures of samples, as docs/record.md has it; None: none is made.
 
     Raises:
         InputError: there is no test set, or the models do not fit each other or the data.
@@ -102,11 +105,12 @@ def evaluate(
     answers = {role: subject.answers(split.test) for role, subject in subjects.items()}
     _compare(metrics, answers, subjects, split)
     names = _names(split, answers["before"].logits.shape[1])
+    _confusions(metrics, answers, names, split)
     found: dict[str, Any] = {}
     checked: tuple[Check, ...] = ()
     if audits:
         data = _audit_data(split, names)
-        found = run_audits(audits, first, second, others, data, seed=seed or 0, journal=journal)
+        found = run_audits(audits, first, second, others, data, seed=seed or 0, journal=journal, pictures=pictures)
         checked = run_self_checks(first, second, others, data, metadata=retrained_metadata, audits=found)
     handed = count_labels(split.retain)
     evaluation_phases = journal.phases[started:]
@@ -225,6 +229,30 @@ def _against_ignorance(
         metrics[role]["zero_retrain_forgetting"] = as_figure(
             of_values(zero_retrain_forgetting(one.logits[forget], random))
         )
+
+
+CONFUSION_CLASSES = 20
+"""Up to so many classes each row of the confusion is kept; of more, those of forgotten classes and as many others."""
+
+
+def _confusions(
+    metrics: dict[str, Any], answers: Mapping[str, Predictions], names: Sequence[str], split: Split
+) -> None:
+    """Add what held-out samples of each class are called, as counts by name, none of them 0.
+
+    Of many classes: rows of the forgotten ones, and of those of whose samples most are called otherwise than before.
+    """
+    counts = {role: confusion_counts(one.logits, one.labels) for role, one in answers.items()}
+    before, after = counts["before"], counts["after"]
+    rows = [label for label in before if label < len(names)]
+    if len(names) > CONFUSION_CLASSES:
+        others = [label for label in rows if label not in split.forget_classes]
+        others.sort(key=lambda label: (after[label] & before[label]).total() / before[label].total())
+        rows = [*(label for label in split.forget_classes if label in before), *others[:CONFUSION_CLASSES]]
+    for role, found in counts.items():
+        metrics[role]["confusion"] = {
+            names[row]: {names[called]: count for called, count in sorted(found[row].items())} for row in rows
+        }
 
 
 def measures(answers: Predictions, split: Split) -> dict[str, Any]:

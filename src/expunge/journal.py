@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from expunge.schema import CalibrationReport, Phase, Signals
+from expunge.schema import CalibrationReport, LearnedImages, Phase, Signals
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -75,6 +75,7 @@ class Journal:
         self.phases: list[Phase] = []
         self.signals: list[Signals] = []
         self.calibration: CalibrationReport | None = None
+        self.learned: list[LearnedImages] = []
         self._meter: Meter | None = None
         self._progress = progress
         self._report = report

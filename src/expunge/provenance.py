@@ -24,7 +24,7 @@ from expunge import __version__
 from expunge.data import ImageTable, Staged, StreamedImages, TensorImages
 from expunge.errors import InputError
 from expunge.files import canonical_json
-from expunge.schema import Preprocessing, Sample
+from expunge.schema import IMAGES, Preprocessing, Sample
 from expunge.weights import load_weights, untied, weights_file
 
 PACKAGE = Path(__file__).parent
@@ -244,6 +244,6 @@ def content_hash(record: Mapping[str, Any]) -> str:
 def signed_names(record: Mapping[str, Any]) -> list[str]:
     """Return the names of the files beside a record that its signature covers: the record and the weights.
 
-    The retain hashes are left to the record, which holds their hash, so that they can be withheld.
+    The retain hashes and pictures are left to the record, which holds their hash, so that they can be withheld.
     """
-    return [RECORD, *sorted(name for name in record["provenance"]["files"] if name != SAMPLE)]
+    return [RECORD, *sorted(set(record["provenance"]["files"]) - {SAMPLE, IMAGES})]

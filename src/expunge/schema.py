@@ -16,6 +16,9 @@ if TYPE_CHECKING:  # a record is read without torch
 SCHEMA_VERSION = 1
 """Version of `record.json`; raised when a key is renamed, moved or changes meaning."""
 
+IMAGES = "images.json"
+"""Name of the file beside a record that holds pictures of samples, there only where they were asked for."""
+
 Sample = tuple[Any, Any]
 """(image, label): a tensor (channels, H, W) or PIL image, and an integer class."""
 
@@ -154,6 +157,17 @@ class CalibrationReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LearnedImages:
+    """A handful of the images that a method learned, to be looked at: model input on the CPU."""
+
+    kind: Literal["noise", "impressions"]
+    images: Tensor  # (N, channels, H, W)
+    labels: Tensor  # (N,) int64, the class that each was learned for
+    starts: Tensor | None = None  # what impressions were made from, of the same shape
+    start_labels: Tensor | None = None  # (N,) int64, its class
+
+
+@dataclass(frozen=True, kw_only=True)
 class Record:
     """One erasure or audit, as it is written to `record.json`. Keys are documented in docs/record.md."""
 
@@ -169,6 +183,7 @@ class Record:
     environment: Mapping[str, Any]
     checks: Mapping[str, Any] = field(default_factory=dict)
     calibration: Mapping[str, Any] | None = None
+    learned: Mapping[str, Any] | None = None  # a handful of the images a method learned: what the models call them
     audits: Mapping[str, Any] = field(default_factory=dict)  # by name; empty where none was asked for
     self_checks: tuple[Mapping[str, Any], ...] = ()
     verdict: Mapping[str, Any] | None = None

@@ -17,6 +17,7 @@ from expunge.audits.membership import answers_of
 from expunge.data import labels_of, normalize
 from expunge.errors import InputError
 from expunge.metrics.uncertainty import of_values
+from expunge.pictures import as_png, eight_bits, lit
 from expunge.training import as_tensor, device_of, evaluating, logits_of, seeded
 
 SAMPLES = 200  # of either side: the interval of a mean correlation is then a few hundredths each way
@@ -34,6 +35,7 @@ def attack_attention(subject: Subject, data: AuditData, context: Context) -> Fou
     variation counts as 0. The original against itself is 1.
     """
     figures = {}
+    maps, parts = {}, {}
     for name, forget in (("forget", True), ("retain", False)):
         chosen = data.part("test", forget=forget, most=SAMPLES, seed=context.seed)
         targets = torch.from_numpy(labels_of(chosen))
@@ -44,8 +46,31 @@ def attack_attention(subject: Subject, data: AuditData, context: Context) -> Fou
             places = [tuple(maps.shape[1:]) for maps in (original, own)]
             raise InputError(f"expected maps of {places[0]} places, as the original's, got {places[1]}")
         figures[name] = of_values(rank_correlations(own.flatten(1), original.flatten(1)))
+        maps[name], parts[name] = own, (chosen, targets)
     layer = map_layer(subject.model, _images(data.test, [0], subject))
-    return Found(figures, {"map": f"Grad-CAM at {layer}" if layer else "gradient of the input"})
+    details: dict[str, Any] = {"map": f"Grad-CAM at {layer}" if layer else "gradient of the input"}
+    if context.pictures is not None:
+        for name, (chosen, targets) in parts.items():
+            _take_pictures(name, subject, data, chosen, targets, maps[name], context)
+    return Found(figures, details)
+
+
+PICTURES = 4  # samples of either side that are shown, where pictures are asked for
+
+
+def _take_pictures(
+    side: str, subject: Subject, data: AuditData, chosen: Subset[Any], targets: Tensor, maps: Tensor, context: Context
+) -> None:
+    """Put a few samples, evenly spread over those that were looked at, into the pictures, each also lit by its map."""
+    assert context.pictures is not None
+    shown = context.pictures.setdefault("where_it_looks", {})
+    count = min(PICTURES, len(chosen))
+    for number in range(count):
+        row = number * len(chosen) // count
+        image, label = eight_bits(as_tensor(chosen[row][0]), subject.preprocessing), int(targets[row])
+        name = data.class_names[label] if data.class_names else str(label)
+        kept = shown.setdefault(f"{side} {number + 1}", {"class": name, "picture": as_png(image), "lit": {}})
+        kept["lit"][subject.role] = as_png(lit(image, maps[row]))
 
 
 def rank_correlations(one: Tensor, other: Tensor) -> Tensor:

@@ -121,6 +121,7 @@ class Context:
     retrained: Subject | None = None  # the first, where there are several
     seed: int
     journal: Journal = field(default_factory=Journal)
+    pictures: dict[str, Any] | None = None  # where pictures of samples go, as docs/record.md has it; None: nowhere
 
 
 @dataclass(frozen=True)

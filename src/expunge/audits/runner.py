@@ -32,14 +32,23 @@ def run_audits(
     *,
     seed: int,
     journal: Journal | None = None,
+    pictures: dict[str, Any] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Return for each audit what it says, needs and found on each model; see docs/record.md, `audits`.
+
+    Pictures of samples are put into `pictures`; None: none is made.
 
     An audit whose needs are not met is there with the reason in `skipped`, and without figures.
     """
     journal = journal or Journal()
     subjects = [original, unlearned, *retrained]
-    context = Context(original=original, retrained=retrained[0] if retrained else None, seed=seed, journal=journal)
+    context = Context(
+        original=original,
+        retrained=retrained[0] if retrained else None,
+        seed=seed,
+        journal=journal,
+        pictures=pictures,
+    )
     have = {need: data.has(need) for need in MISSING if " " in need}
     have |= {"retrained": bool(retrained), "ensemble": False}
     return {audit.name: _run(audit, subjects, data, context, have) for audit in audits}

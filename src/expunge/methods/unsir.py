@@ -21,7 +21,7 @@ from expunge.data import TensorImages, count_labels, hold_out
 from expunge.errors import DivergedError, InputError
 from expunge.journal import Journal
 from expunge.methods.checks import check_zero_glance, first_image
-from expunge.schema import CalibrationReport, Sample, Signals, Split, TrainConfig
+from expunge.schema import CalibrationReport, LearnedImages, Sample, Signals, Split, TrainConfig
 from expunge.signals import (
     Evidence,
     Impressions,
@@ -610,7 +610,26 @@ def _impressions(
 ) -> Impressions:
     """Learn the impressions to train on: few enough of each class that all together are as many as asked for."""
     count = max(1, config.impressions // len(split.forget_classes))
-    return learn_impressions(model, split, count, seed=seed, journal=journal)
+    made = learn_impressions(model, split, count, seed=seed, journal=journal)
+    if journal is not None:
+        rows = _handful(made.labels)
+        few = (part[rows].clone() for part in (made.images, made.labels, made.starts, made.start_labels))
+        images, labels, starts, start_labels = few
+        journal.learned.append(
+            LearnedImages(kind="impressions", images=images, labels=labels, starts=starts, start_labels=start_labels)
+        )
+    return made
+
+
+HANDFUL = 8  # learned images that are kept to be looked at, of all classes together,
+HANDFUL_EACH = 3  # and of one
+
+
+def _handful(labels: Tensor) -> Tensor:
+    """Return the positions of the first few images of each class, (N,)."""
+    classes = torch.unique(labels)[:HANDFUL]
+    each = max(1, min(HANDFUL_EACH, HANDFUL // len(classes)))
+    return torch.cat([(labels == label).nonzero().flatten()[:each] for label in classes])
 
 
 def _repair(
@@ -683,4 +702,8 @@ def _learn_noise(
                 meter=meter,
             )
             learned.append(images)
-    return TensorImages(torch.cat(learned), labels)
+    noise = torch.cat(learned)
+    if journal is not None:
+        rows = _handful(labels)
+        journal.learned.append(LearnedImages(kind="noise", images=noise[rows].clone(), labels=labels[rows].clone()))
+    return TensorImages(noise, labels)

@@ -4,7 +4,7 @@ Where the figure is a mean over samples and shall be compared in pairs, the func
 `of_values`.
 """
 
-from expunge.metrics.accuracy import accuracy, masked_accuracy, per_class_accuracy
+from expunge.metrics.accuracy import accuracy, confusion_counts, masked_accuracy, per_class_accuracy
 from expunge.metrics.confidence import calibration_error
 from expunge.metrics.distance import layer_distances
 from expunge.metrics.distribution import entropy_bits, prediction_distribution
@@ -28,6 +28,7 @@ __all__ = [
     "accuracy",
     "activation_distances",
     "calibration_error",
+    "confusion_counts",
     "differs",
     "divergence_bits",
     "entropy_bits",

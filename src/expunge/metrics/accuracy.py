@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -32,6 +33,23 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
     """
     check_answers(logits, labels)
     return (logits.argmax(1) == labels).double().mean().item()
+
+
+def confusion_counts(logits: Tensor, labels: Tensor) -> dict[int, Counter[int]]:
+    """Return, for each label in order, how many of its samples are called which class; none of the counts is 0.
+
+    Args:
+        logits: (N, C).
+        labels: (N,) int64 in [0, C).
+
+    Raises:
+        InputError: shapes do not match, or N is 0.
+    """
+    check_answers(logits, labels)
+    found: dict[int, Counter[int]] = {label: Counter() for label in torch.unique(labels).tolist()}
+    for label, called in zip(labels.tolist(), logits.argmax(1).tolist(), strict=True):
+        found[label][called] += 1
+    return found
 
 
 def masked_accuracy(logits: Tensor, labels: Tensor, forget_classes: Sequence[int]) -> float:

@@ -22,20 +22,32 @@ from markupsafe import Markup
 
 from expunge.files import canonical_json
 from expunge.report.page import card_of, page_of
-from expunge.report.reading import check_record, read_record
+from expunge.report.reading import check_record, read_pictures, read_record
 
-__all__ = ["canonical_json", "check_record", "html_report", "html_writer", "markdown_summary", "read_record"]
+__all__ = [
+    "canonical_json",
+    "check_record",
+    "html_report",
+    "html_writer",
+    "markdown_summary",
+    "read_pictures",
+    "read_record",
+]
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 
 
-def html_report(record: Mapping[str, Any]) -> str:
-    """Return the page of a record that `check_record` lets through: one self-contained HTML file."""
+def html_report(record: Mapping[str, Any], pictures: Mapping[str, Any] | None = None) -> str:
+    """Return the page of a record that `check_record` lets through: one self-contained HTML file.
+
+    Args:
+        pictures: of samples, as `read_pictures` gives them, to be shown; None: no picture that began as an image.
+    """
     style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     template = _environment().get_template("report.html.jinja")
     return template.render(
-        page=page_of(record), style=Markup(style), script=Markup(script), script_hash=f"sha256-{digest}"
+        page=page_of(record, pictures), style=Markup(style), script=Markup(script), script_hash=f"sha256-{digest}"
     )
 
 
@@ -44,9 +56,9 @@ def markdown_summary(record: Mapping[str, Any]) -> str:
     return _environment().get_template("report.md.jinja").render(page=page_of(record), metadata=card_of(record))
 
 
-def html_writer(record: Mapping[str, Any]) -> Callable[[Path], None]:
+def html_writer(record: Mapping[str, Any], pictures: Mapping[str, Any] | None = None) -> Callable[[Path], None]:
     """Return a writer of the page, for `write_atomically`."""
-    text = html_report(record)
+    text = html_report(record, pictures)
 
     def write(path: Path) -> None:
         path.write_text(text, encoding="utf-8")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from expunge.report import sections
+from expunge.report import looks, sections
 from expunge.report.figures import board, listed, seconds, sentence, told
 from expunge.report.reading import LAYERS
 from expunge.report.rerun import rerun
@@ -15,12 +15,16 @@ Part = Mapping[str, Any]
 
 SECTIONS = {
     "classes": ("Accuracy, class by class", sections.classes),
+    "confusion": ("What is called what", looks.confusion),
     "answers": ("What images of the forgotten classes are called", sections.answers),
     "output": ("More figures at the output", sections.output),
     "inside": ("Inside, block by block", sections.inside),
+    "map": ("Map of features", looks.feature_map),
+    "attention": ("Where the model looks", looks.attention),
     "relearn": ("Coming back: relearning", sections.relearn),
     "attacks": ("Attacks", sections.attacks),
     "signals": ("Signals while it was forgotten", sections.signals),
+    "learned": ("Images that were learned to forget with", looks.learned),
     "weights": ("How far the weights moved", sections.weights),
     "untested": ("What was not tested", sections.untested),
     "doubts": ("Self-checks", sections.doubts),
@@ -39,8 +43,13 @@ class Layer:
     evidence: Sequence[str]
 
 
-def page_of(record: Part) -> dict[str, Any]:
-    """Return all that the templates show, as words, tables and places; empty: left out."""
+def page_of(record: Part, pictures: Part | None = None) -> dict[str, Any]:
+    """Return all that the templates show, as words, tables and places; empty: left out.
+
+    Args:
+        pictures: of samples, to be shown; None: none.
+    """
+    record = {**record, "pictures": pictures or {}}
     verdict = record.get("verdict") or {}
     forget = record["classes"]["forget"]
     found = {key: (title, make(record)) for key, (title, make) in SECTIONS.items()}
@@ -108,7 +117,8 @@ def _forgot(record: Part) -> str:
 
 def _judged(record: Part) -> str:
     model = record.get("model") or {}
-    ran = sum(not found.get("skipped") for found in (record.get("audits") or {}).values())
+    audits = (record.get("audits") or {}).items()
+    ran = sum(not found.get("skipped") for name, found in audits if name != looks.FEATURE_MAP)
     beside = "the original and a retrained model" if record["metrics"].get("retrained") else "the original"
     made = record["method"].removeprefix("audit of ")
     lines = [

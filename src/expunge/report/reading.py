@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from expunge.errors import InputError
-from expunge.schema import SCHEMA_VERSION
+from expunge.errors import InputError, first_line
+from expunge.schema import IMAGES, SCHEMA_VERSION
 
 LAYERS = {
     "gone_at_the_output": "Gone at the output",
@@ -41,6 +42,29 @@ def read_record(folder: Path) -> dict[str, Any]:
     except InputError as error:
         raise InputError(f"{path} is no record that can be read: {error}") from error
     return dict(record)
+
+
+def read_pictures(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the pictures beside a record, which were asked for when it was made.
+
+    Raises:
+        InputError: there are none, or they are not those that the record vouches for.
+    """
+    path, files = folder / IMAGES, (record.get("provenance") or {}).get("files")
+    stated = files.get(IMAGES) if isinstance(files, Mapping) else None
+    if stated is None:
+        raise InputError(f"the record in {folder} was made without pictures: run its command with --include-images")
+    if not path.is_file():
+        raise InputError(f"expected the pictures of the record in {path}, found none")
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != stated:
+        raise InputError(f"{path} was changed: it does not hold the pictures that were kept with the record")
+    try:
+        pictures = json.loads(content)
+        _check(pictures, PICTURES, "the pictures")
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} holds no pictures: {first_line(error)}") from error
+    return dict(pictures)
 
 
 def check_record(record: Any) -> None:
@@ -77,6 +101,7 @@ ONE_MODEL: Form = {
     "masked_retain_accuracy": NUMBER,
     "false_forget_rate": NUMBER,
     "per_class_accuracy": SHARES,
+    "confusion": {"*": {"*": NUMBER}},
     "forget_prediction_distribution": SHARES,
     "forget_prediction_entropy_bits": NUMBER,
     "retain_calibration_error": NUMBER,
@@ -96,7 +121,16 @@ AUDIT: Form = {
     "seconds": NUMBER,
     "targets": {"*": TEXT},
     "figures": {"*": {"*": MEASURED}},
-    "details": {"*": {"cap": NUMBER, "goals": SHARES, "curves": [ANYTHING], "censored": {"*": [TRUTH]}}},
+    "details": {
+        "*": {
+            "cap": NUMBER,
+            "goals": SHARES,
+            "curves": [ANYTHING],
+            "censored": {"*": [TRUTH]},
+            "map": TEXT,
+            "points": {"*": {"x": [NUMBER], "y": [NUMBER]}},
+        }
+    },
     "compared": {"*": NUMBER},
 }
 CALIBRATION: Form = {
@@ -129,9 +163,14 @@ CALIBRATION: Form = {
         }
     ],
 }
+LEARNED: Form = [{"class": TEXT, "start": TEXT, "before": NUMBER, "after": NUMBER, "picture": TEXT}]
+PICTURES: Form = {
+    "where_it_looks": {"*": {"class": TEXT, "picture": TEXT, "lit": {"*": TEXT}}},
+    "impressions": {"*": {"start": TEXT, "picture": TEXT}},
+}
 RECORD: Form = {
     "method": TEXT,
-    "config": {"settings": [TEXT], "audits": [TEXT], "calibration": {"called": NUMBER}},
+    "config": {"settings": [TEXT], "audits": [TEXT], "calibration": {"called": NUMBER}, "include_images": TRUTH},
     "classes": {"forget": [TEXT], "forgotten_before": [TEXT], "all": [TEXT]},
     "seed": NUMBER,
     "model": {"spec": TEXT, "weights": TEXT, "original": TEXT, "unlearned": TEXT, "parameters": NUMBER},
@@ -171,6 +210,7 @@ RECORD: Form = {
         "goal_retain_drop": NUMBER,
     },
     "calibration": CALIBRATION,
+    "learned": {"noise": LEARNED, "impressions": LEARNED},
     "audits": {"*": AUDIT},
     "self_checks": [{"name": TEXT, "ok": TRUTH, "sentence": TEXT, "finding": TEXT}],
     "verdict": {

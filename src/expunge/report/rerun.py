@@ -26,6 +26,8 @@ def rerun(record: Part) -> dict[str, str] | None:
         words += ["--seed", str(record["seed"])]
     if (record.get("environment") or {}).get("device") == "cpu":
         words += ["--device", "cpu"]
+    if config.get("include_images"):
+        words.append("--include-images")
     known = ("audits" if audited else "settings") in config
     note = "" if known else "The record is of a version that did not keep all options: some may be missing."
     return {"command": shlex.join(words), "note": note}

@@ -118,7 +118,7 @@ def output(record: Part) -> Board | None:
 # Attacks
 
 
-IN_OTHER_SECTIONS = ("linear_probe", "nearest_class_mean", "relearn")
+IN_OTHER_SECTIONS = ("linear_probe", "nearest_class_mean", "relearn", "where_it_looks", "feature_map")
 SCALES = {"where_it_looks": CORRELATION, "rmia": DECIMAL, "u_lira": DECIMAL, "forgetting_quality": DECIMAL}
 """Attacks whose figures are no shares of images."""
 TARGETS = {"low": "low is good", "high": "high is good", "none": "only told"}
@@ -141,7 +141,7 @@ def gap_of(figure: Part, record: Part) -> Part | None:
 def inside(record: Part) -> list[dict[str, Any]]:
     """The probe and the nearest class mean, from the first block to the input of the head."""
     found = [name for name in ("linear_probe", "nearest_class_mean") if figures_of(record, name)]
-    return [one for name in found if (one := _attack(record, name, SHARE, first="features"))]
+    return [one for name in found if (one := attack(record, name, SHARE, first="features"))]
 
 
 def attacks(record: Part) -> dict[str, Any] | None:
@@ -157,12 +157,13 @@ def attacks(record: Part) -> dict[str, Any] | None:
                 for one in models(figure).values()
                 if one and one.get("value") is not None
             ]
-            boards.append(_attack(record, name, SCALES.get(name) or fitting(values)))
+            boards.append(attack(record, name, SCALES.get(name) or fitting(values)))
     made = [one for one in boards if one]
     return {"boards": made, "skipped": skipped} if made or skipped else None
 
 
-def _attack(record: Part, audit: str, scale: Scale, *, first: str = "figure") -> dict[str, Any] | None:
+def attack(record: Part, audit: str, scale: Scale, *, first: str = "figure") -> dict[str, Any] | None:
+    """Return one audit's table, with what it says and costs; None where it has no figure."""
     found = record["audits"][audit]
     rows = []
     for name, figure in figures_of(record, audit).items():
