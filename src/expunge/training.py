@@ -9,6 +9,7 @@ import copy
 import itertools
 import math
 import pickle
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -145,7 +146,7 @@ def train(
                     batch = replace(batch, images=augment(batch.images, config, share))
                     if runner is None:
                         layout = fastest_layout(model, batch.images)
-                        runner = _shared(accelerator, model)
+                        runner = _shared(accelerator, model, batch.images)
                     learn = partial(_learn, accelerator, runner, loss_of, share, layout, batch)
                     running.keep()
                     with share.drawing(seed, epoch, meter.steps), share.statistics():
@@ -336,19 +337,41 @@ def _accelerator() -> Accelerator:
         device_placement=False,
         mixed_precision="no",
         dataloader_config=DataLoaderConfiguration(split_batches=True),  # a step is one of the schedule
-        kwargs_handlers=[
-            # statistics are the same everywhere already; a part of a model may be of no use to a loss
-            DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)
-        ],
     )
 
 
-def _shared(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+class _Answering(nn.Module):
+    """A model that returns its logits alone: whatever else it gives, no gradient comes back from."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return logits_of(self.model(images))
+
+
+def _shared(accelerator: Accelerator, model: nn.Module, images: Tensor) -> nn.Module:
     """Return `model`, or what runs it so that gradients are the mean over all processes."""
     if ranks().size == 1:
         return model
-    shared: nn.Module = accelerator.prepare_model(model)
+    accelerator.ddp_handler = DistributedDataParallelKwargs(
+        broadcast_buffers=False,  # statistics are the same everywhere already
+        find_unused_parameters=_has_idle_parameters(model, images[:1]),
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        shared: nn.Module = accelerator.prepare_model(_Answering(model))
     return shared
+
+
+def _has_idle_parameters(model: nn.Module, images: Tensor) -> bool:
+    """Return whether some parameters that are trained do not act on the logits."""
+    trial = copy.deepcopy(model).eval()
+    trained = [parameter for parameter in trial.parameters() if parameter.requires_grad]
+    with torch.enable_grad():
+        found = torch.autograd.grad(logits_of(trial(images)).sum(), trained, allow_unused=True)
+    return any(gradient is None for gradient in found)
 
 
 # Memory
