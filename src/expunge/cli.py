@@ -833,7 +833,14 @@ def _options(
 
 def main() -> None:
     """Run the command line."""
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        if _several():
+            from expunge.processes import leave
+
+            leave(end.code if isinstance(end.code, int) else 0)
+        raise
 
 
 # Reading options
@@ -934,7 +941,7 @@ def _user_errors(interrupted: str = "", *, together: bool = False) -> Iterator[N
             processes.ranks()  # from here on an error of one is known to all
         yield
         if _several():
-            processes.leave()
+            processes.wait()
     except KeyboardInterrupt:
         if _several() and not _tells():
             raise typer.Exit(130) from None
@@ -942,7 +949,7 @@ def _user_errors(interrupted: str = "", *, together: bool = False) -> Iterator[N
         raise typer.Exit(130) from None
     except typer.Exit:
         if _several():
-            processes.leave()
+            processes.wait()
         raise
     except Exception as error:  # noqa: BLE001 (every other one is told apart below)
         if _several() and not _tells():
