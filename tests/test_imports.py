@@ -15,7 +15,7 @@ PACKAGE = Path(expunge.__file__).parent
 LAYERS = (
     {"errors"},
     {"schema"},
-    {"journal", "config", "files", "data"},
+    {"journal", "config", "files", "data", "processes"},
     {"report", "ledger", "signing"},
     {"training"},
     {"metrics", "models", "weights", "signals", "pictures"},

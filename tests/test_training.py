@@ -20,6 +20,7 @@ from expunge.data import ImageTable, StreamedImages, TensorImages
 from expunge.errors import DivergedError, InputError
 from expunge.journal import Journal
 from expunge.schema import Preprocessing, TrainConfig
+from expunge.signals import descend
 from expunge.training import Batch, augment, evaluating, logits_of, predict, train
 
 GREY = Preprocessing(size=(4, 4), mean=(0.5,), std=(0.25,))
@@ -367,6 +368,88 @@ def test_without_targets_the_objective_gets_none() -> None:
 
     trained(config=TrainConfig(batch_size=25), objective=objective)
     assert seen == [None, None]
+
+
+# Memory
+
+
+class Short(nn.Module):
+    """Runs out of memory, as the CPU or CUDA says it, where more than `most` images come."""
+
+    def __init__(self, model: nn.Module, most: int, error: BaseException) -> None:
+        super().__init__()
+        self.model, self.most, self.error = model, most, error
+
+    def forward(self, batch: Tensor) -> Tensor:
+        answers: Tensor = self.model(batch)  # what it changes before it fails has to be undone
+        if len(batch) > self.most:
+            raise self.error
+        return answers
+
+
+NO_MEMORY = (
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+)
+
+
+def plain_network() -> nn.Sequential:
+    """The network without BatchNorm and dropout, so that images do not depend on each other."""
+    return nn.Sequential(*[layer for layer in network() if not isinstance(layer, nn.BatchNorm2d | nn.Dropout)])
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=["cpu", "cuda"])
+def test_batches_go_through_in_parts_where_memory_runs_short(error: BaseException) -> None:
+    config = replace(CONFIG, optimizer="sgd", clip_value=0.05)
+    whole, journal, short = plain_network(), Journal(), Short(plain_network(), 5, error)
+    train(whole, images(), config, seed=7, preprocessing=GREY)
+    train(short, images(), config, seed=7, preprocessing=GREY, journal=journal)
+    for key, value in whole.state_dict().items():
+        torch.testing.assert_close(short.model.state_dict()[key], value, atol=1e-6, rtol=1e-5)
+    assert journal.phases[0].note == "memory ran short, so batches of 16 went through the model 4 at a time"
+    assert journal.notes == [f"train: {journal.phases[0].note}"]
+    assert journal.phases[0].steps == 12
+
+
+def test_running_statistics_move_as_far_in_parts() -> None:
+    short, journal = Short(network(), 8, NO_MEMORY[0]), Journal()
+    train(short, images(48), replace(CONFIG, epochs=1, lr=1e-9), seed=7, preprocessing=GREY, journal=journal)
+    assert journal.phases[0].note.endswith(
+        "16 went through the model 8 at a time; BatchNorm normalized each part by itself"
+    )
+    whole = trained(images(48), replace(CONFIG, epochs=1, lr=1e-9)).state_dict()
+    parts = short.model.state_dict()
+    # in halves of 8 images means are noisier, but neither the failed attempt nor the second half counts twice
+    before = network().state_dict()
+    for key in ("1.running_mean", "1.running_var"):
+        moved, meant = parts[key] - before[key], whole[key] - before[key]
+        torch.testing.assert_close(moved, meant, atol=0.02, rtol=0.1)
+    assert short.model[1].momentum == 0.1
+
+
+def test_memory_that_does_not_suffice_for_one_image() -> None:
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        train(Short(plain_network(), 0, NO_MEMORY[0]), images(), CONFIG, seed=7, preprocessing=GREY)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        train(Short(plain_network(), 5, NO_MEMORY[0]), images(), CONFIG, seed=7, preprocessing=GREY, whole_batch=True)
+    with pytest.raises(RuntimeError, match="another"):
+        train(Short(plain_network(), 5, RuntimeError("another")), images(), CONFIG, seed=7, preprocessing=GREY)
+
+
+def test_answers_and_learned_images_in_parts() -> None:
+    journal = Journal()
+    answers = predict(Short(network(), 3, NO_MEMORY[0]), images(), preprocessing=GREY, journal=journal)
+    torch.testing.assert_close(answers.logits, predict(network(), images(), preprocessing=GREY).logits)
+    assert "50 went through the model 2 at a time" in journal.notes[0]
+    found = []
+    for model in (plain_network(), Short(plain_network(), 3, NO_MEMORY[1])):
+        with journal.phase("noise", steps=None) as meter:
+            found.append(descend(
+                model.eval().requires_grad_(False), torch.rand(7, 1, 4, 4, generator=torch.Generator().manual_seed(0)),
+                torch.arange(7) % 3, lambda logits, labels, _: F.cross_entropy(logits, labels), lr=0.1, steps=4,
+                meter=meter,
+            ))  # fmt: skip
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
 
 
 # Predicting

@@ -168,7 +168,7 @@ def train(
 
     Interrupted, it goes on after the last finished epoch when the same command is run again.
     """
-    with _user_errors("run the same command again to go on after the last finished epoch"):
+    with _user_errors("run the same command again to go on after the last finished epoch", together=True):
         from dataclasses import replace
 
         from expunge.commands import TRAIN_DEFAULT, train_command
@@ -187,7 +187,7 @@ def train(
                 device=device,
                 journal=journal,
             )
-        if not quiet and metadata.training is not None:
+        if not quiet and _first() and metadata.training is not None:
             never = f", never shown: {', '.join(metadata.never_seen)}" if metadata.never_seen else ""
             Console().print(
                 f"Test accuracy {metadata.training['test_accuracy']:.1%} after {epochs} epochs, "
@@ -275,7 +275,7 @@ def forget(
     The method never reads an image of a class to forget: it learns noise from the model itself, impairs the model with
     it, and repairs it with a retained sample. Held-out images in --data are read afterwards, to measure.
     """
-    with _user_errors("nothing was written"):
+    with _user_errors("nothing was written", together=True):
         from expunge.commands import RetainOptions, forget_command
 
         options = _data_options(data, label_column, image_column, class_names, size, mean, std, channels, skip_bad)
@@ -848,7 +848,14 @@ def _options(
 
 def main() -> None:
     """Run the command line."""
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        if _several():
+            from expunge.processes import leave
+
+            leave(end.code if isinstance(end.code, int) else 0)
+        raise
 
 
 # Reading options
@@ -933,17 +940,39 @@ def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
 
 
 @contextmanager
-def _user_errors(interrupted: str = "") -> Iterator[None]:
-    """Turn a user's mistake into one line and exit code 2; an interrupt into one line and 130."""
+def _user_errors(interrupted: str = "", *, together: bool = False) -> Iterator[None]:
+    """Turn a user's mistake into one line and exit code 2; an interrupt into one line and 130.
+
+    Args:
+        together: several processes may do this command together. The first that fails tells why; the others end.
+    """
     errors = Console(stderr=True)
     try:
+        if _several():
+            from expunge import processes
+
+            if not together:
+                processes.refuse_several("this command")
+            processes.ranks()  # from here on an error of one is known to all
         yield
+        if _several():
+            processes.wait()
     except KeyboardInterrupt:
+        if _several() and not _tells():
+            raise typer.Exit(130) from None
         errors.print(f"interrupted{': ' + interrupted if interrupted else ''}", highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
     except typer.Exit:
+        if _several():
+            processes.wait()
         raise
     except Exception as error:  # noqa: BLE001 (every other one is told apart below)
+        if _several() and not _tells():
+            raise typer.Exit(LOST) from None
+        if _several() and _is_lost(error):
+            done = interrupted or "nothing was written"
+            errors.print(f"[bold red]error:[/] another process of this run ended: {done}", soft_wrap=True)
+            raise typer.Exit(LOST) from None
         line = _one_line(error)
         if line is None:
             traceback.print_exc()
@@ -952,7 +981,30 @@ def _user_errors(interrupted: str = "") -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
+LOST = 75  # another process of the run ended
 DEFECT = 70  # a mistake of ours: its traceback is wanted, and 1 would say "done, but"
+
+
+def _several() -> bool:
+    """Return whether a launcher started more than this process."""
+    return int(os.environ.get("WORLD_SIZE") or 1) > 1
+
+
+def _first() -> bool:
+    """Return whether this is the process that prints."""
+    return not _several() or int(os.environ.get("RANK") or 0) == 0
+
+
+def _tells() -> bool:
+    from expunge.processes import tell_failure
+
+    return tell_failure()
+
+
+def _is_lost(error: Exception) -> bool:
+    from expunge.processes import is_lost_connection
+
+    return is_lost_connection(error)
 
 
 def _one_line(error: Exception) -> str | None:
@@ -964,7 +1016,7 @@ def _one_line(error: Exception) -> str | None:
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or first_line(error)}"
-    if "out of memory" in str(error):
+    if "out of memory" in str(error) or "can't allocate memory" in str(error):
         return f"{first_line(error)}; lower impair.batch_size and repair.batch_size with --set, or use --device cpu"
     cause = getattr(error, "__cause__", None)
     return str(cause) if isinstance(cause, InputError) else None
@@ -990,7 +1042,7 @@ def _journal(quiet: bool) -> Iterator[Journal]:
 
     from expunge.journal import Journal
 
-    if quiet:
+    if quiet or not _first():
         yield Journal()
         return
     console = Console(stderr=True)
@@ -1012,11 +1064,14 @@ def _journal(quiet: bool) -> Iterator[Journal]:
 def _report(phase: Phase) -> None:
     steps = f"{phase.steps} steps, " if phase.steps else ""
     told = f", {phase.signals}" if phase.signals else ""
-    typer.echo(f"{phase.name}: {steps}{phase.seconds:.1f} s{told}", err=True)
+    note = f"; {phase.note}" if phase.note else ""
+    typer.echo(f"{phase.name}: {steps}{phase.seconds:.1f} s{told}{note}", err=True)
 
 
 def _finish(outcome: Outcome, quiet: bool) -> None:
-    """Print the answer; leave with 1 where a stated check failed."""
+    """Print the answer; leave with 1 where a stated check failed. Of several processes, the first does."""
+    if not _first():
+        return
     record = outcome.record
     failed = [name for name in ("forgotten", "kept", "signals") if record.checks[name] is False]
     if not quiet:

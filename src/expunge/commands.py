@@ -42,6 +42,7 @@ from expunge.methods import METHODS, PRESETS
 from expunge.metrics import accuracy
 from expunge.models import reinitialized
 from expunge.pictures import learned_record
+from expunge.processes import ranks
 from expunge.provenance import (
     SAMPLE,
     SampleHashes,
@@ -141,7 +142,8 @@ def train_command(
         InputError: the data, the model or the settings cannot be used.
     """
     journal = journal or Journal()
-    check_writable(out)
+    if ranks().first:
+        check_writable(out)
     workspace = open_workspace(data, model, None, leave_out=leave_out, seed=seed, device=device)
     never = workspace.left_out
     preprocessing = workspace.preprocessing
@@ -185,8 +187,9 @@ def train_command(
             "seconds": next(done.seconds for done in reversed(journal.phases) if done.name == phase),
         },
     )
-    save_weights(workspace.model, out, metadata)
-    checkpoint.unlink(missing_ok=True)
+    if ranks().first:
+        save_weights(workspace.model, out, metadata)
+        checkpoint.unlink(missing_ok=True)
     return metadata
 
 
@@ -225,9 +228,9 @@ def forget_command(
     journal = journal or Journal()
     retain = retain or RetainOptions()
     keep = keep or RecordOptions()
-    for name in ("record.json", "report.html", SAMPLE, IMAGES):
+    for name in ("record.json", "report.html", SAMPLE, IMAGES) if ranks().first else ():
         check_writable(out / name)
-    signer = keep.signer()
+    signer = keep.signer() if ranks().first else None
     before = weights_digests(weights)
     done = erase(
         data, model, weights, classes,
@@ -255,6 +258,9 @@ def forget_command(
     skipped = done.num_bad + test.num_bad
     if skipped:
         notes.append(f"left out {skipped:,} images that cannot be decoded")
+    notes += journal.notes
+    if ranks().size > 1:
+        notes.append(f"done by {ranks().size} processes together")
     metadata = replace(
         workspace.metadata,
         model=workspace.spec.text,
@@ -416,7 +422,12 @@ def _keep(
     keep: RecordOptions,
     pictures: Mapping[str, Any] | None = None,
 ) -> Outcome:
-    """Write a record, its page and the files it vouches for, all or none; enter it in the ledger; sign it."""
+    """Write a record, its page and the files it vouches for, all or none; enter it in the ledger; sign it.
+
+    Of several processes, the first does.
+    """
+    if not ranks().first:
+        return Outcome(record, record.notes, ())
     if pictures is not None:
         files = dict(files) | {IMAGES: json_text(pictures).encode()}
     with _entry(keep.ledger) as entry:

@@ -22,6 +22,7 @@ class Meter:
     steps: int = 0
     samples: int = 0
     labels: Counter[int] = field(default_factory=Counter)
+    note: str = ""  # what does not go as usual; a later one takes its place
     _loss_sum: float = 0.0
     _loss_steps: int = 0
     _correct: int = 0
@@ -86,6 +87,11 @@ class Journal:
             called = ", ".join(f"{kind} {share:.0%}" for kind, share in signals.impressions_called.items())
             self._meter.tell(f"still called: {called}; retained {signals.retain_accuracy:.1%}")
 
+    @property
+    def notes(self) -> list[str]:
+        """What did not go as usual, by phase, each once."""
+        return list(dict.fromkeys(f"{phase.name}: {phase.note}" for phase in self.phases if phase.note))
+
     @contextmanager
     def phase(self, name: str, *, steps: int | None) -> Iterator[Meter]:
         """Measure one phase; `steps` is its expected length. A phase that raises is not kept."""
@@ -106,6 +112,7 @@ class Journal:
             label_counts=dict(sorted(meter.labels.items())),
             final_loss=meter.loss,
             signals=meter._told,
+            note=meter.note,
         )
         self.phases.append(phase)
         if meter._show is not None:

@@ -119,6 +119,7 @@ class Phase:
     label_counts: Mapping[int, int]  # the same by label; real data only, so empty for learned noise
     final_loss: float | None  # mean over the last epoch; None where nothing was trained
     signals: str = ""  # what was last read of the model in this phase, in words
+    note: str = ""  # what did not go as usual, in words
 
 
 @dataclass(frozen=True, kw_only=True)

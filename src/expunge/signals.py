@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,15 +23,19 @@ from torch.utils.data import Dataset, IterableDataset
 from expunge.data import TensorImages, normalize
 from expunge.errors import DivergedError, InputError
 from expunge.journal import Journal, Meter
+from expunge.processes import Ranks, ranks
 from expunge.schema import Preprocessing, Signals, Split
 from expunge.training import (
     PREDICT_BATCH,
+    Parts,
+    Share,
     as_tensor,
     device_of,
     evaluating,
     has_running_statistics,
     logits_of,
     seeded,
+    together,
 )
 
 Kind = Literal["retained", "blend", "noise"]
@@ -226,22 +231,33 @@ def descend(
 ) -> Tensor:
     """Return images after `steps` Adam steps down `objective(logits, labels, images)`; the model does not change."""
     device = device_of(model)
-    images = start.to(device).clone().requires_grad_()
-    targets = labels.to(device)
+    # in train mode an image changes what becomes of the others, so every process learns all of them
+    share = Share(len(start), Ranks() if model.training else ranks())
+    images = start[share.rows].to(device).clone().requires_grad_()
+    targets = labels[share.rows].to(device)
     optimizer = torch.optim.Adam([images], lr)
+    parts = Parts(meter, 0 if model.training else 1)
+
+    def learn(rows: slice) -> tuple[float, int]:
+        mine = (images, targets) if rows == slice(0, len(images)) else (images[rows], targets[rows])
+        weight = len(mine[1]) / len(images)
+        loss = objective(logits_of(model(mine[0])), mine[1], mine[0])
+        scale = weight * share.count / share.size  # of the mean over all images
+        torch.autograd.backward(loss if scale == 1 else scale * loss, inputs=[images])
+        return weight * loss.item(), 0
+
     with torch.enable_grad():
         for _ in range(steps):
-            loss = objective(logits_of(model(images)), targets, images)
-            if not torch.isfinite(loss):
+            value, _ = share.summed(*parts.add_up(len(images), learn, optimizer.zero_grad))
+            if not math.isfinite(value):
                 raise DivergedError(
-                    f"the objective of learned images became {loss.item()} at step {meter.steps + 1}; nothing kept: "
+                    f"the objective of learned images became {value} at step {meter.steps + 1}; nothing kept: "
                     f"the model gives NaN, or the rate of the images is too high (now {lr:g})"
                 )
-            optimizer.zero_grad()
-            torch.autograd.backward(loss, inputs=[images])
             optimizer.step()
-            meter.step(loss=loss.item(), samples=len(images))
-    return images.detach().cpu()
+            meter.step(loss=value, samples=len(start))
+    learned = images.detach().cpu()
+    return learned if model.training else together([learned[: share.count]], [len(start)])
 
 
 def retained_sample(
@@ -272,8 +288,11 @@ def retained_sample(
 
 @torch.no_grad()
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    device = device_of(model)
+    """Return (N, C) logits; each process answers its share, so that all read the same bits."""
+    device, share, parts = device_of(model), Share(len(images), ranks()), Parts(Meter())
     with evaluating(model):
-        return torch.cat(
-            [logits_of(model(batch.to(device))).float().cpu() for batch in torch.split(images, PREDICT_BATCH)]
-        )
+        answers = [
+            parts.answers(model, batch.to(device)).float().cpu()
+            for batch in torch.split(images[share.rows], PREDICT_BATCH)
+        ]
+    return together([torch.cat(answers)[: share.count]], [len(images)])

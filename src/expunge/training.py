@@ -1,24 +1,28 @@
 """The only loops over batches: `train` and `predict`, on Accelerate. A model runs where its parameters are.
 
-One process for now: several are refused rather than run to other results.
+Of several processes each has a share of every batch, and all have the result, which is one process's: processes.py.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import pickle
+import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from PIL import Image
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -28,7 +32,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from expunge.data import count_labels, normalize, to_8_bits
 from expunge.errors import DivergedError, InputError
 from expunge.files import write_atomically
-from expunge.journal import Journal
+from expunge.journal import Journal, Meter
+from expunge.processes import Ranks, agreed, gathered, ranks, shared_statistics, summed
 from expunge.schema import Predictions, Preprocessing, TrainConfig
 
 
@@ -40,9 +45,12 @@ class Batch:
     labels: Tensor  # (N,) int64
     targets: Tensor | None  # (N, C) probabilities that samples carry as a third item; NaN where one does not
 
+    def part(self, rows: slice) -> Batch:
+        return Batch(self.images[rows], self.labels[rows], None if self.targets is None else self.targets[rows])
+
 
 Objective = Callable[[Tensor, Batch], Tensor]
-"""(logits (N, C), batch) -> scalar loss."""
+"""(logits (N, C), batch) -> scalar loss: the mean of what each sample adds, so that a batch may come in parts."""
 
 PREDICT_BATCH = 256
 
@@ -62,6 +70,7 @@ def train(
     identity: str = "",
     refused: Collection[int] = (),
     until: Callable[[int], bool] | None = None,
+    whole_batch: bool = False,
 ) -> None:
     """Train `model` in place, in train mode, and leave it in eval mode. Parameters without `requires_grad` stay.
 
@@ -76,21 +85,25 @@ def train(
         identity: what else, besides config and seed, a checkpoint must agree in: which data, which model.
         refused: labels that no sample of `dataset` may bear; one that does stops the training before it is used.
         until: asked after each step with the number of steps done; the training ends where it says True. What it does
-            to the model's mode and to the random state is undone.
+            to the model's mode and to the random state is undone. Several processes do as the first one's says.
+        whole_batch: `objective` is no mean over samples, so that a batch cannot be divided among processes.
 
     Raises:
         DivergedError: the loss became NaN or infinite.
-        InputError: there is nothing to train or to train on, a sample is refused, or the checkpoint is of another
-            training.
+        InputError: there is nothing to train or to train on, a sample is refused, the checkpoint is of another
+            training, or a batch that is needed whole would be divided.
     """
     device = device_of(model)
     check_float32(model)
+    place = ranks()
+    if whole_batch and place.size > 1:
+        raise InputError(f"the loss of {phase} needs a batch whole: run this method in one process")
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise InputError("expected a model with parameters to train: all of them have requires_grad=False")
     accelerator = _accelerator()
     mixed = _mix(dataset, synthetic, seed)
-    loader = _loader(mixed, config.batch_size, shuffle=True)
+    loader = _loader(mixed, config.batch_size, place, shuffle=True)
     if min(config.batch_size, len(mixed)) == 1 and any(map(has_running_statistics, model.modules())):
         raise InputError("a model with BatchNorm cannot train on batches of one image: give more images a batch")
     epochs = config.epochs if config.steps is None else math.ceil(config.steps / max(1, len(loader)))
@@ -100,56 +113,66 @@ def train(
     first_epoch = 0
     if checkpoint is not None:
         first_epoch = _restore(checkpoint, model, optimizer, scheduler, _fingerprint(config, seed, identity))
-    runner, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+        if first_epoch != agreed(first_epoch):
+            raise InputError(f"not every process sees the unfinished training in {checkpoint}: share the folder")
+    optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
+    runner: nn.Module | None = None
     loss_of = objective or (lambda logits, batch: F.cross_entropy(logits, batch.labels))
     left = steps - first_epoch * len(loader)
     done = False
-    layout: torch.memory_format | None = None
+    layout = torch.contiguous_format
 
     with (journal or Journal()).phase(phase, steps=left) as meter:
+        normalized = any(map(has_running_statistics, model.modules()))
+        # of several processes, one alone cannot take its share in parts: the others speak to it in every layer
+        parts = Parts(meter, 0 if whole_batch or place.size > 1 else 2 if normalized else 1)
+        running = Statistics(model)
         for epoch in range(first_epoch, epochs):
             meter.start_epoch()
             model.train()
             statistics = nullcontext() if config.update_norm_statistics else kept_statistics(model)
-            with seeded(_epoch_seed(seed, epoch)), statistics:
-                if hasattr(loader, "set_epoch"):
-                    loader.set_epoch(epoch)
-                for pieces in loader:
+            with seeded(_seed_of(seed, epoch)), statistics:
+                if hasattr(mixed, "set_epoch"):
+                    mixed.set_epoch(epoch)
+                for pieces, share in loader:
                     if meter.steps == left or done:
                         break
-                    real = _real_labels(pieces)
+                    real = _real_labels(pieces, share)
                     if not real.keys().isdisjoint(refused):
                         raise InputError(
                             f"a retained sample bears the forgotten label {min(real.keys() & set(refused))}"
                         )
                     batch = _inputs(pieces, preprocessing, device)
-                    batch = replace(batch, images=augment(batch.images, config))
-                    layout = layout or fastest_layout(model, batch.images)
-                    logits = logits_of(runner(batch.images.contiguous(memory_format=layout)))
-                    loss = loss_of(logits, batch)
-                    value = loss.item()
+                    batch = replace(batch, images=augment(batch.images, config, share))
+                    if runner is None:
+                        layout = fastest_layout(model, batch.images)
+                        runner = _shared(accelerator, model, batch.images)
+                    learn = partial(_learn, accelerator, runner, loss_of, share, layout, batch)
+                    running.keep()
+                    with share.drawing(seed, epoch, meter.steps), share.statistics():
+                        value, correct = share.summed(
+                            *parts.add_up(len(batch.labels), learn, optimizer.zero_grad, running)
+                        )
                     if not math.isfinite(value):
                         raise DivergedError(
                             f"the loss became {value} at step {meter.steps + 1} of {phase}; nothing was kept: "
                             f"lower the learning rate (now {config.lr:g})"
                         )
-                    optimizer.zero_grad()
-                    accelerator.backward(loss)
                     if config.clip_value is not None:
                         accelerator.clip_grad_value_(parameters, config.clip_value)
                     optimizer.step()
                     scheduler.step()
-                    correct = int((logits.detach().argmax(1) == batch.labels).sum())
-                    meter.step(loss=value, samples=len(batch.labels), correct=correct)
+                    meter.step(loss=value, samples=share.size, correct=correct)
                     meter.read(real)
                     if until is not None:
                         with evaluating(model), seeded(0):
-                            done = until(meter.steps)
+                            done = agreed(until(meter.steps))
             if done:
                 break
-            if checkpoint is not None and accelerator.is_main_process:
+            if checkpoint is not None and place.first:
                 fingerprint = _fingerprint(config, seed, identity)
                 _save_checkpoint(checkpoint, model, optimizer, scheduler, fingerprint, epoch + 1)
+        meter.labels = sum(gathered(meter.labels), Counter())
     if meter.steps == 0 and left:
         raise InputError("expected samples to train on, got none")
     if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
@@ -159,6 +182,26 @@ def train(
         )
     model.zero_grad()
     model.eval()
+
+
+def _learn(
+    accelerator: Accelerator,
+    runner: nn.Module,
+    loss_of: Objective,
+    share: Share,
+    layout: torch.memory_format,
+    batch: Batch,
+    rows: slice,
+) -> tuple[float, int]:
+    """Add the gradients of some rows of a batch to what is there; return their part of the loss, and right answers."""
+    part = batch if rows == slice(0, len(batch.labels)) else batch.part(rows)
+    logits = logits_of(runner(part.images.contiguous(memory_format=layout)))
+    weight = len(part.labels) / len(batch.labels)
+    loss = loss_of(logits, part) if part is batch else weight * loss_of(logits, part)
+    value = loss.item()
+    if math.isfinite(value):
+        accelerator.backward(share.weighed(loss))
+    return value, int((logits.detach().argmax(1) == part.labels).sum())
 
 
 @torch.no_grad()
@@ -178,27 +221,29 @@ def predict(
     """
     device = device_of(model)
     check_float32(model)
-    accelerator = _accelerator()
-    loader = accelerator.prepare(_loader(_mix(dataset, None, 0), batch_size, shuffle=False))
+    loader = _loader(_mix(dataset, None, 0), batch_size, ranks(), shuffle=False)
     logits: list[Tensor] = []
     labels: list[Tensor] = []
+    sizes: list[int] = []
     layout = torch.channels_last
     with evaluating(model), seeded(0), (journal or Journal()).phase(phase, steps=len(loader)) as meter:
-        for pieces in loader:
+        parts = Parts(meter)
+        for pieces, share in loader:
             batch = _inputs(pieces, preprocessing, device)
             try:
-                answer = logits_of(model(batch.images.contiguous(memory_format=layout)))
+                answer = parts.answers(model, batch.images.contiguous(memory_format=layout))
             except RuntimeError:  # as `fastest_layout` says; what is wrong in itself is so again
                 layout = torch.contiguous_format
-                answer = logits_of(model(batch.images.contiguous()))
-            answer, truth = accelerator.gather_for_metrics((answer, batch.labels))
-            logits.append(answer.float().cpu())
-            labels.append(truth.cpu())
-            meter.step(samples=len(truth))
-            meter.read(_real_labels(pieces))
+                answer = parts.answers(model, batch.images.contiguous())
+            logits.append(answer[: share.count].float().cpu())
+            labels.append(batch.labels[: share.count].cpu())
+            sizes.append(share.size)
+            meter.step(samples=share.size)
+            meter.read(_real_labels(pieces, share))
+        meter.labels = sum(gathered(meter.labels), Counter())
     if not logits:
         raise InputError("expected samples to predict, got none")
-    return Predictions(torch.cat(logits), torch.cat(labels))
+    return Predictions(together(logits, sizes), together(labels, sizes))
 
 
 # Models
@@ -288,29 +333,218 @@ def kept_statistics(model: nn.Module) -> Iterator[None]:
 
 def _accelerator() -> Accelerator:
     """The engine; models and batches are placed here, and precision is the caller's."""
-    accelerator = Accelerator(device_placement=False, mixed_precision="no")
-    if accelerator.num_processes > 1:
-        raise InputError(f"expected one process, got {accelerator.num_processes}: several are not supported yet")
-    return accelerator
+    return Accelerator(
+        device_placement=False,
+        mixed_precision="no",
+        dataloader_config=DataLoaderConfiguration(split_batches=True),  # a step is one of the schedule
+    )
+
+
+class _Answering(nn.Module):
+    """A model that returns its logits alone: whatever else it gives, no gradient comes back from."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return logits_of(self.model(images))
+
+
+def _shared(accelerator: Accelerator, model: nn.Module, images: Tensor) -> nn.Module:
+    """Return `model`, or what runs it so that gradients are the mean over all processes."""
+    if ranks().size == 1:
+        return model
+    accelerator.ddp_handler = DistributedDataParallelKwargs(
+        broadcast_buffers=False,  # statistics are the same everywhere already
+        find_unused_parameters=_has_idle_parameters(model, images[:1]),
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        shared: nn.Module = accelerator.prepare_model(_Answering(model))
+    return shared
+
+
+def _has_idle_parameters(model: nn.Module, images: Tensor) -> bool:
+    """Return whether some parameters that are trained do not act on the logits."""
+    trial = copy.deepcopy(model).eval()
+    trained = [parameter for parameter in trial.parameters() if parameter.requires_grad]
+    with torch.enable_grad():
+        found = torch.autograd.grad(logits_of(trial(images)).sum(), trained, allow_unused=True)
+    return any(gradient is None for gradient in found)
+
+
+# Memory
+
+
+class Parts:
+    """How many images go through a model at once: a whole batch, until memory runs short; then half, and half again.
+
+    In eval mode the result is the same. In train mode gradients add up to those of the batch, but BatchNorm normalizes
+    each part by its own statistics; running statistics move as far as with the whole batch.
+
+    Args:
+        meter: of the phase, which is told.
+        least: images a part; 0: batches cannot be divided.
+    """
+
+    def __init__(self, meter: Meter, least: int = 1) -> None:
+        self.meter = meter
+        self.least = least
+        self.most: int | None = None  # images at once; None: a whole batch
+
+    def of(self, count: int) -> list[slice]:
+        """Return the rows of each part of a batch, of even lengths."""
+        number = 1 if self.most is None else max(1, min(-(-count // self.most), count // self.least))
+        bounds = [count * index // number for index in range(number + 1)]
+        return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
+
+    def add_up(
+        self,
+        count: int,
+        learn: Callable[[slice], tuple[float, int]],
+        begin: Callable[[], object],
+        statistics: Statistics | None = None,
+    ) -> tuple[float, int]:
+        """Return the sums of what `learn` gives for each part, begun anew with smaller ones where memory runs short."""
+        while True:
+            rows = self.of(count)
+            begin()
+            try:
+                with statistics.slowed(len(rows)) if statistics is not None else nullcontext():
+                    done = [learn(part) for part in rows]
+                return sum(loss for loss, _ in done), sum(correct for _, correct in done)
+            except RuntimeError as error:
+                self._halve(count, error)
+            clear_device_cache(garbage_collection=True)  # only now, when the error holds nothing any more
+            if statistics is not None:
+                statistics.restore()
+
+    def answers(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Return the logits of `model`, in eval mode, on images of its device."""
+        while True:
+            try:
+                return torch.cat([logits_of(model(images[rows])) for rows in self.of(len(images))])
+            except RuntimeError as error:
+                self._halve(len(images), error)
+            clear_device_cache(garbage_collection=True)
+
+    def _halve(self, count: int, error: RuntimeError) -> None:
+        """Ask for smaller parts, or raise `error` again where it is another, or none can be smaller."""
+        longest = max(rows.stop - rows.start for rows in self.of(count))
+        if self.least == 0 or longest // 2 < self.least or not is_out_of_memory(error):
+            raise error
+        self.most = longest // 2
+        trained = "; BatchNorm normalized each part by itself" if self.least == 2 else ""
+        self.meter.note = (
+            f"memory ran short, so batches of {count} went through the model {self.most} at a time{trained}"
+        )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory ran out, of a GPU or of the machine."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and should_reduce_batch_size(error)
+    )
+
+
+class Statistics:
+    """The running statistics of a model's normalization layers: kept before a step that may have to be done again."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = [module for module in model.modules() if has_running_statistics(module)]
+        self.live = [buffer for layer in self.layers for buffer in layer.buffers(recurse=False)]
+        self.kept = [buffer.clone() for buffer in self.live]
+
+    def keep(self) -> None:
+        if self.live:
+            torch._foreach_copy_(self.kept, self.live)
+
+    def restore(self) -> None:
+        if self.live:
+            torch._foreach_copy_(self.live, self.kept)
+
+    @contextmanager
+    def slowed(self, parts: int) -> Iterator[None]:
+        """Have running statistics move as far in so many parts of a batch as they would with the whole of it."""
+        before = [(layer, layer.momentum) for layer in self.layers if isinstance(layer.momentum, float)]
+        for layer, momentum in before if parts > 1 else ():
+            layer.momentum = 1 - (1 - momentum) ** (1 / parts)
+        try:
+            yield
+        finally:
+            for layer, momentum in before:
+                layer.momentum = momentum
 
 
 # Batches
 
 
-def augment(images: Tensor, config: TrainConfig) -> Tensor:
-    """Return images (N, channels, H, W) mirrored and shifted at random, as `config` says, from torch's random state."""
-    count, _, height, width = images.shape
+@dataclass(frozen=True)
+class Share:
+    """What of a batch is this process's: every size-th sample from that of its rank on; of one process, all.
+
+    A process without any runs on the first sample, so that it is there when the others speak, and counts for nothing.
+    """
+
+    size: int  # samples in the batch, of all processes
+    place: Ranks
+
+    @property
+    def count(self) -> int:
+        """How many samples are this process's own."""
+        return len(range(self.place.rank, self.size, self.place.size))
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.place.rank, None, self.place.size) if self.count else slice(0, 1)
+
+    def weighed(self, loss: Tensor) -> Tensor:
+        """Return a mean over own samples so weighed that the mean over processes is that over all samples."""
+        return loss if self.place.size == 1 else loss * (self.count * self.place.size / self.size)
+
+    def summed(self, loss: float, correct: int) -> tuple[float, int]:
+        """Return the loss and the number of right answers of the whole batch, the same in every process."""
+        if self.place.size == 1:
+            return loss, correct
+        loss, right = summed(loss * self.count / self.size if self.count else 0.0, correct if self.count else 0)
+        return loss, int(right)
+
+    def statistics(self) -> AbstractContextManager[None]:
+        """Normalize by the statistics of the whole batch."""
+        return nullcontext() if self.place.size == 1 else shared_statistics(self.count > 0)
+
+    @contextmanager
+    def drawing(self, *number: int) -> Iterator[None]:
+        """Let a model draw (for dropout) from a state of each process's own, so that the order of samples and
+        augmentation go on as in one process."""
+        if self.place.size == 1:
+            yield
+            return
+        with seeded(_seed_of(*number, self.place.rank)):
+            yield
+
+
+def augment(images: Tensor, config: TrainConfig, share: Share | None = None) -> Tensor:
+    """Return images (N, channels, H, W) mirrored and shifted at random, as `config` says, from torch's random state.
+
+    Args:
+        share: which of a larger batch they are; None: all. What is drawn for an image does not depend on it.
+    """
+    height, width = images.shape[2:]
+    share = share or Share(len(images), Ranks())
+    count = share.size
     if config.flip:
-        mirrored = torch.rand(count) < 0.5
+        mirrored = (torch.rand(count) < 0.5)[share.rows]
         images = torch.where(mirrored.to(images.device).view(-1, 1, 1, 1), images.flip(-1), images)
     if config.crop:
         if config.crop >= min(height, width):
             raise InputError(f"expected a crop below the image size {height}x{width}, got {config.crop}")
-        offsets = torch.randint(0, 2 * config.crop + 1, (2, count, 1))
+        offsets = torch.randint(0, 2 * config.crop + 1, (2, count, 1))[:, share.rows]
         rows = (offsets[0] + torch.arange(height)).to(images.device)
         columns = (offsets[1] + torch.arange(width)).to(images.device)
         padded = F.pad(images, [config.crop] * 4, mode="reflect")
-        index = torch.arange(count, device=images.device).view(-1, 1, 1)
+        index = torch.arange(len(images), device=images.device).view(-1, 1, 1)
         images = padded.permute(0, 2, 3, 1)[index, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
     return images
 
@@ -321,9 +555,12 @@ Piece = tuple[Tensor, Tensor, Tensor | None]
 Tagged = tuple[tuple[Any, ...], bool]
 """A sample, and whether it is real."""
 
+Pieces = tuple[Piece | None, Piece | None]
+"""What of a batch is real, and what is synthetic."""
 
-class _Tagged(Dataset[Tagged]):
-    """A data set, or two after one another, whose samples say whether they are real."""
+
+class _Tagged(Dataset[int]):
+    """The places of a data set, or of two after one another; `samples` reads what is at them."""
 
     def __init__(self, real: Dataset[Any], synthetic: Dataset[Any] | None = None) -> None:
         self.real = real
@@ -332,11 +569,20 @@ class _Tagged(Dataset[Tagged]):
     def __len__(self) -> int:
         return _size(self.real) + (_size(self.synthetic) if self.synthetic is not None else 0)
 
-    def __getitem__(self, index: int) -> Tagged:
+    def __getitem__(self, index: int) -> int:
+        return index
+
+    def is_real(self, index: int) -> bool:
+        return self.synthetic is None or index < _size(self.real)
+
+    def samples(self, places: Sequence[int]) -> list[Tagged]:
         split = _size(self.real)
-        if index < split or self.synthetic is None:
-            return tuple(self.real[index]), True
-        return tuple(self.synthetic[index - split]), False
+        return [
+            (tuple(self.real[index]), True)
+            if self.synthetic is None or index < split
+            else (tuple(self.synthetic[index - split]), False)
+            for index in places
+        ]
 
 
 class _TaggedStream(IterableDataset[Tagged]):
@@ -369,6 +615,14 @@ class _TaggedStream(IterableDataset[Tagged]):
         for index in waiting:
             yield tuple(cast(Any, self.synthetic)[index]), False
 
+    @staticmethod
+    def is_real(item: Tagged) -> bool:
+        return item[1]
+
+    @staticmethod
+    def samples(items: Sequence[Tagged]) -> Sequence[Tagged]:
+        return items
+
 
 def _mix(real: Dataset[Any], synthetic: Dataset[Any] | None, seed: int) -> Any:
     if isinstance(real, IterableDataset):
@@ -380,7 +634,8 @@ def _size(dataset: Dataset[Any]) -> int:
     return len(cast(Any, dataset))
 
 
-def _loader(dataset: Any, batch_size: int, *, shuffle: bool) -> DataLoader[Any]:
+def _loader(dataset: Any, batch_size: int, place: Ranks, *, shuffle: bool) -> DataLoader[Any]:
+    """Return a loader of (pieces, share): all processes go through the same batches, and read their part of each."""
     streaming = isinstance(dataset, IterableDataset)
     size = len(dataset)
     if size == 0:
@@ -389,16 +644,19 @@ def _loader(dataset: Any, batch_size: int, *, shuffle: bool) -> DataLoader[Any]:
         dataset,
         batch_size=batch_size,
         shuffle=shuffle and not streaming,
-        collate_fn=_collate,
+        collate_fn=partial(_collate, dataset, place),
         # BatchNorm cannot train on one sample alone
         drop_last=shuffle and size > batch_size and size % batch_size == 1,
     )
 
 
-def _collate(samples: list[Tagged]) -> tuple[Piece | None, Piece | None]:
-    """Return the real and the synthetic piece of a batch."""
+def _collate(dataset: Any, place: Ranks, items: list[Any]) -> tuple[Pieces, Share]:
+    """Return the real and the synthetic piece of this process's share of a batch."""
+    items = sorted(items, key=dataset.is_real, reverse=True)  # as `_inputs` joins them
+    share = Share(len(items), place)
+    samples = dataset.samples(items[share.rows])
     real, synthetic = ([sample for sample, tag in samples if tag is wanted] for wanted in (True, False))
-    return _piece(real), _piece(synthetic)
+    return (_piece(real), _piece(synthetic)), share
 
 
 def _piece(samples: list[tuple[Any, ...]]) -> Piece | None:
@@ -429,9 +687,7 @@ def as_tensor(image: Any) -> Tensor:
     return image
 
 
-def _inputs(
-    both: tuple[Piece | None, Piece | None], preprocessing: Preprocessing | None, device: torch.device
-) -> Batch:
+def _inputs(both: Pieces, preprocessing: Preprocessing | None, device: torch.device) -> Batch:
     pieces = [piece for piece in both if piece is not None]
     images = [normalize(images.to(device, non_blocking=True), preprocessing) for images, _, _ in pieces]
     return Batch(torch.cat(images), torch.cat([labels for _, labels, _ in pieces]).to(device), _targets(pieces, device))
@@ -445,8 +701,22 @@ def _targets(pieces: list[Piece], device: torch.device) -> Tensor | None:
     return torch.cat(rows).to(device)
 
 
-def _real_labels(pieces: tuple[Piece | None, Piece | None]) -> Counter[int]:
-    return Counter(pieces[0][1].tolist()) if pieces[0] is not None else Counter()
+def _real_labels(pieces: Pieces, share: Share) -> Counter[int]:
+    return Counter(pieces[0][1].tolist()) if pieces[0] is not None and share.count else Counter()
+
+
+def together(parts: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """Return the rows of batches of `sizes`, in order, of which this process has its share in `parts`."""
+    mine = torch.cat(list(parts))
+    place = ranks()
+    if place.size == 1:
+        return mine
+    whole = mine.new_empty((sum(sizes), *mine.shape[1:]))
+    for rank, rows in enumerate(gathered(mine)):
+        starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+        index = [np.arange(start + rank, start + size, place.size) for start, size in zip(starts, sizes, strict=True)]
+        whole[torch.from_numpy(np.concatenate(index))] = rows
+    return whole
 
 
 # Optimizer, schedule, checkpoint
@@ -468,8 +738,8 @@ def _scheduler(optimizer: Optimizer, config: TrainConfig, steps: int) -> LRSched
     return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
 
 
-def _epoch_seed(seed: int, epoch: int) -> int:
-    return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
+def _seed_of(*parts: int) -> int:
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
 def _fingerprint(config: TrainConfig, seed: int, identity: str) -> str:

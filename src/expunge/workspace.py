@@ -30,6 +30,7 @@ from expunge.models import (
     takes_channels,
     zoo_preprocessing,
 )
+from expunge.processes import ranks
 from expunge.schema import Preprocessing
 from expunge.weights import Metadata, apply_weights, load_weights, other_width
 
@@ -133,6 +134,9 @@ def pick_device(device: str | None) -> torch.device:
     Raises:
         InputError: this machine does not have it.
     """
+    place = ranks()
+    if place.size > 1 and device is not None and device != "cpu":
+        raise InputError(f"expected no --device with several processes, got {device!r}: each takes its own")
     if device is None:
         from accelerate import PartialState
 

@@ -85,6 +85,7 @@ def jit(
         seed=seed,
         preprocessing=split.preprocessing,
         objective=smoothing(unlearned, config.deviation, config.perturbations),
+        whole_batch=True,
         journal=journal,
         phase="forget",
     )

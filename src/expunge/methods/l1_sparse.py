@@ -68,6 +68,7 @@ def l1_sparse(
         seed=seed,
         preprocessing=split.preprocessing,
         objective=sparse_loss(unlearned, config.penalty, num_steps(split.retain, config.training)),
+        whole_batch=True,
         journal=journal,
         phase="fine-tune",
         refused=gone(split),

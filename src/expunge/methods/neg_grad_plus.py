@@ -69,6 +69,7 @@ def neg_grad_plus(
         seed=seed,
         preprocessing=split.preprocessing,
         objective=contrast(config.beta, split.forget_classes),
+        whole_batch=True,
         journal=journal,
         phase="forget",
         refused=split.forgotten_before,

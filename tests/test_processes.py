@@ -1,0 +1,266 @@
+"""Several processes do one run: as one process would, or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from expunge.commands import RetainOptions, forget_command, train_command
+from expunge.data import open_source, stage, with_test_split
+from expunge.errors import InputError
+from expunge.processes import Ranks, agreed, gathered, ranks, refuse_several, summed
+from expunge.schema import Preprocessing, TrainConfig
+from expunge.training import Share, augment, predict
+from expunge.workspace import DataOptions
+
+HERE = Path(__file__).parent
+NET = """
+from torch import nn
+def build(num_classes, channels=1):
+    return nn.Sequential(
+        nn.Conv2d(channels, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 24, 3, stride=2, padding=1), nn.BatchNorm2d(24), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(96, num_classes))
+"""
+LOST = 75
+
+
+def start(words: Sequence[str], size: int, **more: str) -> list[subprocess.Popen[str]]:
+    """Start `python WORDS` as so many processes, as torchrun does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, *words],
+            env=os.environ | common | {"MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)} | more,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+
+
+def finish(processes: Sequence[subprocess.Popen[str]], seconds: float = 240) -> list[tuple[int, str, str]]:
+    """Return (exit code, output, errors) of each; one that does not end in time fails the test."""
+    try:
+        ended = [process.communicate(timeout=seconds) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *texts) for process, texts in zip(processes, ended, strict=True)]
+
+
+class Case:
+    """A small network on digits, and the command that forgets the threes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = f"{folder / 'net.py'}:build"
+        (folder / "net.py").write_text(NET)
+        self.weights = folder / "w.safetensors"
+        config = TrainConfig(epochs=8, lr=0.01, batch_size=64, optimizer="adamw", schedule="one_cycle")
+        train_command(DataOptions(spec="digits"), self.model, self.weights, config=config)
+
+    def words(self, out: Path, *more: str) -> list[str]:
+        words = ["-m", "expunge.cli", "forget", "--weights", str(self.weights), "--model", self.model]
+        words += ["--data", "digits", "--classes", "3", "--retain-per-class", "60", "--out", str(out), *more]
+        return words if "--preset" in more else [*words, "--preset", "fast"]
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(tmp_path_factory.mktemp("processes"))
+
+
+def probabilities(case: Case, weights: Path) -> Tensor:
+    from expunge.models import build_model, parse_model
+
+    model = build_model(parse_model(case.model), num_classes=10, channels=1)
+    model.load_state_dict(load_file(weights))
+    _, test = with_test_split(open_source("digits"))
+    stated = json.loads((weights.parent / "record.json").read_text())["data"]["preprocessing"]
+    preprocessing = Preprocessing(size=tuple(stated["size"]), mean=tuple(stated["mean"]), std=tuple(stated["std"]))
+    return predict(model, stage(test, preprocessing).dataset, preprocessing=preprocessing).logits.softmax(1)
+
+
+def test_forget_by_two_processes(case: Case, tmp_path: Path) -> None:
+    ended = finish(start(case.words(tmp_path / "two"), 2))
+    assert [code for code, _, _ in ended] in ([0, 0], [1, 0]), ended
+    assert ended[1][1:] == ("", "")  # only the first prints
+    assert "done by 2 processes together" in ended[0][1]
+    forget_command(
+        DataOptions(spec="digits"), case.model, case.weights, ["3"], tmp_path / "one",
+        retain=RetainOptions(per_class=60), preset="fast",
+    )  # fmt: skip
+    one, two = (json.loads((tmp_path / name / "record.json").read_text()) for name in ("one", "two"))
+    names = {path.name for path in (tmp_path / "one").iterdir()}
+    assert {path.name for path in (tmp_path / "two").iterdir()} == names  # no temporary file of a second writer
+    assert two["samples_read"] == one["samples_read"]
+    assert [trial["outcome"] for trial in two["calibration"]["trials"]] == [
+        trial["outcome"] for trial in one["calibration"]["trials"]
+    ]
+    apart = probabilities(case, tmp_path / "one/unlearned.safetensors") - probabilities(
+        case, tmp_path / "two/unlearned.safetensors"
+    )
+    assert apart.abs().max() < 0.05
+    assert apart.abs().mean() < 2e-3
+
+
+def test_one_process_needs_no_other() -> None:
+    assert ranks() == Ranks(0, 1)
+    assert gathered("x") == ["x"]
+    assert agreed("x") == "x"
+    assert summed(1.5, 2) == [1.5, 2]
+    refuse_several("nothing")
+
+
+def test_shares_make_up_the_batch() -> None:
+    batch, config = torch.rand(7, 1, 6, 6), TrainConfig(flip=True, crop=1)
+    torch.manual_seed(3)
+    whole = augment(batch, config)
+    for size in (2, 4, 9):
+        rebuilt, counts = torch.full_like(whole, torch.nan), 0
+        for rank in range(size):
+            share = Share(7, Ranks(rank, size))
+            torch.manual_seed(3)
+            mine = augment(batch[share.rows], config, share)
+            counts += share.count
+            if share.count:
+                rebuilt[share.rows] = mine
+        assert counts == 7
+        assert torch.equal(rebuilt, whole)
+
+
+def test_what_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="the audit runs in one process"):
+        refuse_several("the audit")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match="FSDP is not supported: each process holds the whole model"):
+        ranks()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+def test_each_part_gives_what_one_process_gives(size: int, tmp_path: Path) -> None:
+    names = "in_memory,streamed,stopped,answered,learned"
+    found = {}
+    for count in (1, size):
+        words = [str(HERE / "together.py"), names, str(tmp_path / f"{count}.pt")]
+        paths = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+        ended = finish(start(words, count, PYTHONPATH=paths))
+        assert [code for code, _, _ in ended] == [0] * count, ended
+        found[count] = torch.load(tmp_path / f"{count}.pt", weights_only=False)
+    one, many = found[1], found[size]
+    for name in ("in_memory", "streamed", "stopped"):
+        alone: dict[str, Any] = one[name]
+        shared: dict[str, Any] = many[name]
+        for key, value in alone["model"].items():
+            torch.testing.assert_close(shared["model"][key], value, atol=1e-5, rtol=1e-5)
+        assert all(state == shared["same"][0] for state in shared["same"])  # bit for bit in all processes
+        assert shared["phase"][:3] == alone["phase"][:3]
+        assert shared["phase"][3] == pytest.approx(alone["phase"][3], abs=1e-5)
+        assert set(shared["seen"]) == set(alone["seen"])  # the same images, mirrored and shifted alike
+    torch.testing.assert_close(many["answered"]["logits"], one["answered"]["logits"], atol=1e-5, rtol=1e-5)
+    for key in ("labels", "streamed"):
+        assert torch.equal(many["answered"][key], one["answered"][key])
+    torch.testing.assert_close(many["learned"]["images"], one["learned"]["images"], atol=1e-4, rtol=1e-4)
+    assert many["stopped"]["phase"][0] == 3  # though the second process would have stopped at 4
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_is_one_line(case: Case, tmp_path: Path) -> None:
+    broken = tmp_path / "net.py"
+    broken.write_text(
+        NET.replace("nn.AdaptiveAvgPool2d", "Fails(), nn.AdaptiveAvgPool2d").replace(
+            "def build",
+            "import os, torch\n"
+            "class Fails(nn.Module):\n"
+            "    def forward(self, x):\n"
+            "        if os.environ['RANK'] == '1' and self.training:\n"
+            "            from expunge.errors import InputError\n"
+            "            raise InputError('this one fails')\n"
+            "        return x\n"
+            "def build",
+        )
+    )
+    moved = {name.replace("8.", "9."): value for name, value in load_file(case.weights).items()}  # for one layer more
+    save_file(moved, tmp_path / "w.safetensors")
+    words = case.words(tmp_path / "out")
+    words[words.index("--model") + 1] = f"{broken}:build"
+    words[words.index("--weights") + 1] = str(tmp_path / "w.safetensors")
+    ended = finish(start([*words, "--quiet"], 2))
+    assert [code for code, _, _ in ended] == [LOST, 2], ended
+    assert ended[1][2] == "error: this one fails\n"
+    assert ended[0][1:] == ("", "")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_killed_process_ends_the_run(
+    case: Case, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """Twenty runs, in each of which a random process is killed at a random time."""
+    rng = random.Random(0)
+    runs, lasted, waited = int(os.environ.get("EXPUNGE_KILLS", "20")), [], []
+    for run in range(runs):
+        out = tmp_path / f"out{run}"
+        processes = start(case.words(out, "--quiet", "--no-ledger"), 2)
+        time.sleep(rng.uniform(4, 16))
+        victim = rng.choice(processes)
+        alive = victim.poll() is None
+        victim.send_signal(signal.SIGKILL)
+        killed = time.monotonic()
+        ended = finish(processes, 120)
+        waited.append(time.monotonic() - killed)
+        written = {path.name for path in out.iterdir()} if out.exists() else set()
+        assert not written or {"record.json", "report.html", "unlearned.safetensors", "retain_sample.json"} <= written
+        lasted.append((alive, [code for code, _, _ in ended], sorted(written)))
+        for process, (code, _, errors) in zip(processes, ended, strict=True):
+            assert process is victim or code in (0, 1, LOST), (code, errors)
+            assert "Traceback" not in errors
+    figures = {
+        "runs": runs,
+        "killed_while_running": sum(alive for alive, *_ in lasted),
+        "longest_wait_seconds": round(max(waited), 1),
+        "had_written_everything": sum(bool(written) for *_, written in lasted),
+    }
+    record_property("figures", json.dumps(figures))
+    (tmp_path / "figures.json").write_text(json.dumps(figures))
+    assert any(alive for alive, *_ in lasted)
+
+
+@pytest.mark.slow
+def test_training_goes_on_after_a_kill(case: Case, tmp_path: Path) -> None:
+    words = ["-m", "expunge.cli", "train", "--data", "digits", "--model", case.model, "--epochs", "20", "--quiet"]
+    words += ["--batch-size", "64", "--out"]
+    assert [code for code, *_ in finish(start([*words, str(tmp_path / "whole.safetensors")], 2))] == [0, 0]
+    out = tmp_path / "w.safetensors"
+    processes = start([*words, str(out)], 2)
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "w.safetensors.resume").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    processes[1].kill()
+    finish(processes, 120)
+    assert not out.exists()
+    assert [code for code, *_ in finish(start([*words, str(out)], 2))] == [0, 0]
+    whole, resumed = load_file(tmp_path / "whole.safetensors"), load_file(out)
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)

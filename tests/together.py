@@ -1,0 +1,101 @@
+"""What tests/test_processes.py starts several of: `python together.py CASE FILE`; the first writes what came of it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from expunge.data import StreamedImages, TensorImages
+from expunge.journal import Journal
+from expunge.processes import gathered, leave, ranks, wait
+from expunge.schema import TrainConfig
+from expunge.signals import descend
+from expunge.training import predict, train
+from test_training import GREY, images, numbered
+
+State = dict[str, Any]
+
+
+def network() -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(1, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 3),
+        )  # fmt: skip
+
+
+CONFIG = TrainConfig(epochs=2, lr=0.05, batch_size=16, schedule="one_cycle", optimizer="sgd", flip=True, crop=1)
+
+
+def trained(dataset: Any, count: int, **arguments: Any) -> State:
+    model, journal, seen = network(), Journal(), []
+
+    def objective(logits: torch.Tensor, batch: Any) -> torch.Tensor:
+        seen.extend(batch.images.double().sum((1, 2, 3)).tolist())
+        return F.cross_entropy(logits, batch.labels)
+
+    train(model, dataset, CONFIG, seed=7, preprocessing=GREY, objective=objective, journal=journal, **arguments)
+    phase = journal.phases[0]
+    everything = sorted(one for part in gathered(seen) for one in part)
+    return {
+        "model": model.state_dict(),
+        "same": gathered({name: value.tolist() for name, value in model.state_dict().items()}),
+        "phase": (phase.steps, phase.samples, dict(phase.label_counts), phase.final_loss),
+        "seen": everything if count else [],
+    }
+
+
+def in_memory() -> State:
+    # 51 images in batches of 16: the last has 3, so the fourth of four processes has none of it
+    return trained(
+        images(42), 2, synthetic=TensorImages(torch.randn(9, 1, 4, 4, generator=torch.Generator()), torch.full((9,), 2))
+    )
+
+
+def streamed() -> State:
+    return trained(StreamedImages(numbered(51), GREY, skip_bad=False), 1)
+
+
+def stopped() -> State:
+    """Each process would stop at another step: the first one's word is what counts."""
+    place = ranks()
+    return trained(images(), 1, until=lambda step: step == 3 + place.rank)
+
+
+def answered() -> State:
+    answers = predict(network(), images(50), preprocessing=GREY, batch_size=7)
+    labels = predict(
+        network(), StreamedImages(numbered(50), GREY, shuffle=False, skip_bad=False), batch_size=16, preprocessing=GREY
+    )
+    return {"logits": answers.logits, "labels": answers.labels, "streamed": labels.labels}
+
+
+def learned() -> State:
+    start = torch.randn((5, 1, 4, 4), generator=torch.Generator().manual_seed(0))
+    model = network().eval().requires_grad_(False)
+    with Journal().phase("noise", steps=None) as meter:
+        found = descend(
+            model, start, torch.arange(5) % 3, lambda logits, labels, _: F.cross_entropy(logits, labels),
+            lr=0.1, steps=5, meter=meter,
+        )  # fmt: skip
+    return {"images": found, "loss": meter.loss, "samples": meter.samples}
+
+
+CASES: dict[str, Callable[[], State]] = {
+    "in_memory": in_memory, "streamed": streamed, "stopped": stopped, "answered": answered, "learned": learned
+}  # fmt: skip
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    result = {name: CASES[name]() for name in sys.argv[1].split(",")}
+    if ranks().first:
+        torch.save(result, Path(sys.argv[2]))
+    wait()
+    leave(0)
