@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["browser"]  # a fixture
 
-RECORD = Path(__file__).parent / "records" / "bench.json"  # seven methods of a `quick` that was run
+RECORD = Path(__file__).with_name("bench_quick.json")  # seven methods of a `quick` that was run
 in_browser = pytest.mark.skipif(MISSING is not None, reason=MISSING or "")
 
 

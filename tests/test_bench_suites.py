@@ -275,6 +275,7 @@ def test_somebodys_own(tmp_path: Path) -> None:
     assert len(records) == 4
     before = {path: path.stat().st_mtime_ns for path in records}
     assert invoke(*words, "--quiet").exit_code == 0
+    assert json.loads(invoke(*words, "--json").stdout)["cells"]["failed"] == 0
     assert {path: path.stat().st_mtime_ns for path in records} == before
     assert json.loads(records[0].read_text())["metrics"]["retrained"]
 

@@ -216,11 +216,12 @@ def test_a_calibrated_request_goes_on_from_an_earlier_one(tmp_path: Path, traine
     assert record_of(out)["samples_read"]["method"]["3"] == 0
 
 
-def test_quiet_prints_nothing_and_the_seed_decides(tmp_path: Path, trained: Trained) -> None:
-    for name in ("first", "second"):
-        result = invoke(*trained.arguments(tmp_path / name, "--quiet", "--seed", "4"))
+def test_quiet_prints_nothing_json_the_record_alone_and_the_seed_decides(tmp_path: Path, trained: Trained) -> None:
+    for name, option in (("first", "--quiet"), ("second", "--json")):
+        result = invoke(*trained.arguments(tmp_path / name, option, "--seed", "4"))
         assert result.exit_code in (0, 1)
-        assert (result.stdout, result.stderr) == ("", "")
+        told = (tmp_path / name / "record.json").read_text(encoding="utf-8") if option == "--json" else ""
+        assert (result.stdout, result.stderr) == (told, "")
     first, second = (load_weights(tmp_path / name / "unlearned.safetensors")[0] for name in ("first", "second"))
     assert all(torch.equal(value, second[key]) for key, value in first.items())
 

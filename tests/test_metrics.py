@@ -399,6 +399,7 @@ INTERVALS = {  # see test_uncertainty.py
     "Interval", "Measurement", "differs", "gap_interval", "mean_interval", "of_hits", "of_ranks", "of_seeds",
     "of_values", "wilson_interval",
 }  # fmt: skip
+COUNTS = {"confusion_counts"}  # no range: see test_looks.py
 EVERY = [pytest.param(getattr(metrics, name), case, id=name) for name, case in CASES.items()]
 
 
@@ -414,7 +415,7 @@ def numbers(found: Any) -> list[float]:
 
 
 def test_every_measure_has_a_case() -> None:
-    assert set(CASES) | INTERVALS == set(metrics.__all__)
+    assert set(CASES) | INTERVALS | COUNTS == set(metrics.__all__)
     assert metrics.__all__ == sorted(metrics.__all__)
     for case in CASES.values():
         assert {"empty", "NaN", "shapes"} <= set(case.refused)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -29,7 +29,7 @@ from expunge.audits.recovery import (
     retrained_head,
     with_head,
 )
-from expunge.audits.relearn import CAP, RELEARN, SEEDS
+from expunge.audits.relearn import RELEARN, SEEDS
 from expunge.data import TensorImages, open_source, stage, with_test_split
 from expunge.errors import InputError
 from expunge.metrics.uncertainty import differs, gap_interval
@@ -38,6 +38,14 @@ from expunge.schema import Predictions, TrainConfig
 from expunge.training import predict, train
 
 CONTEXT_SEED = 0
+CAP = 90  # steps of relearning: this network takes longer than the audit waits for those it is meant for
+
+
+@pytest.fixture(scope="module", autouse=True)
+def patience() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("expunge.audits.relearn.CAP", CAP)
+        yield
 
 
 @pytest.fixture(scope="module")

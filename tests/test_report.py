@@ -154,7 +154,7 @@ def test_what_the_record_does_not_hold_is_left_out() -> None:
     text = html_report(without)
     assert "gap to retrained" not in text
     assert "gap to original" in text
-    assert set(SECTIONS) - set(page_of(without)["sections"]) == {"signals", "confusion", "map", "learned"}
+    assert set(SECTIONS) - set(page_of(without)["sections"]) == {"signals", "confusion", "map", "learned", "cell"}
 
 
 def test_null_figures_are_dashes() -> None:

@@ -424,7 +424,7 @@ def test_running_statistics_move_as_far_in_parts() -> None:
     for key in ("1.running_mean", "1.running_var"):
         moved, meant = parts[key] - before[key], whole[key] - before[key]
         torch.testing.assert_close(moved, meant, atol=0.02, rtol=0.1)
-    assert short.model[1].momentum == 0.1
+    assert short.model.get_submodule("1").momentum == 0.1
 
 
 def test_memory_that_does_not_suffice_for_one_image() -> None:

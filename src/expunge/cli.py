@@ -115,6 +115,7 @@ IncludeImages = Annotated[
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+RecordOut = Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")]
 
 
 @app.command()
@@ -268,6 +269,7 @@ def forget(
     include_images: IncludeImages = False,
     seed: Seed = 0,
     device: Device = None,
+    as_json: RecordOut = False,
     quiet: Quiet = False,
 ) -> None:
     """Make a trained classifier forget classes: new weights, a record, and a plain answer.
@@ -279,7 +281,7 @@ def forget(
         from expunge.commands import RetainOptions, forget_command
 
         options = _data_options(data, label_column, image_column, class_names, size, mean, std, channels, skip_bad)
-        with _journal(quiet) as journal:
+        with _journal(quiet or as_json) as journal:
             outcome = forget_command(
                 options,
                 model,
@@ -298,7 +300,7 @@ def forget(
                 keep=_record_options(out, ledger, no_ledger, sign, include_images),
                 journal=journal,
             )
-        _finish(outcome, quiet)
+        _finish(outcome, quiet, as_json=as_json)
 
 
 @app.command()
@@ -368,6 +370,7 @@ def audit(
     include_images: IncludeImages = False,
     seed: Seed = 0,
     device: Device = None,
+    as_json: RecordOut = False,
     quiet: Quiet = False,
 ) -> None:
     """Judge an unlearned model: what is gone at the output, what is left inside, how quickly it comes back.
@@ -386,7 +389,7 @@ def audit(
         recipe = replace(TRAIN_DEFAULT, epochs=epochs)
         many = EnsembleOptions(members=members, method=method, preset=preset, recipe=recipe)
         options = _data_options(data, label_column, image_column, class_names, size, mean, std, channels, skip_bad)
-        with _journal(quiet) as journal:
+        with _journal(quiet or as_json) as journal:
             outcome = audit_command(
                 options,
                 model,
@@ -403,7 +406,9 @@ def audit(
                 keep=_record_options(out, ledger, no_ledger, sign, include_images),
                 journal=journal,
             )
-        if not quiet:
+        if as_json:
+            _print_file(outcome.files)
+        elif not quiet:
             _show_audit(outcome)
         verdict = outcome.record.verdict
         if verdict is not None and any(verdict[name]["answer"] == "no" for name in LAYERS):
@@ -504,6 +509,7 @@ def bench(
     std: Std = None,
     channels: Channels = None,
     device: Device = None,
+    as_json: RecordOut = False,
     quiet: Quiet = False,
 ) -> None:
     """Lay methods side by side: each by default and tuned, with intervals, cost, and the distance to retraining.
@@ -544,10 +550,12 @@ def bench(
             names = submit_command(suite, request, out, jobs=jobs, parameters=parameters)
             typer.echo(f"Submitted {', '.join(names)}. The same command without --slurm writes the tables.")
             return
-        told = None if quiet else _show_line
+        told = None if quiet or as_json else _show_line
         outcome = bench_command(suite, request, out, jobs=jobs, retry_failed=retry_failed, device=device, told=told)
         result = outcome.result
-        if not quiet:
+        if as_json:
+            _print_file(outcome.files)
+        elif not quiet:
             lost = f", {len(result.missing)} not done (a process died: run it again)" if result.missing else ""
             typer.echo(f"{result.cells} cells: {len(result.failed)} failed{lost}")
             for name in result.failed:
@@ -1068,16 +1076,24 @@ def _report(phase: Phase) -> None:
     typer.echo(f"{phase.name}: {steps}{phase.seconds:.1f} s{told}{note}", err=True)
 
 
-def _finish(outcome: Outcome, quiet: bool) -> None:
+def _finish(outcome: Outcome, quiet: bool, *, as_json: bool = False) -> None:
     """Print the answer; leave with 1 where a stated check failed. Of several processes, the first does."""
     if not _first():
         return
     record = outcome.record
     failed = [name for name in ("forgotten", "kept", "signals") if record.checks[name] is False]
-    if not quiet:
+    if as_json:
+        _print_file(outcome.files)
+    elif not quiet:
         _show(record.metrics, record.classes["forget"], outcome)
     if failed:
         raise typer.Exit(1)
+
+
+def _print_file(written: Sequence[Path]) -> None:
+    """Print the record that is among the files a command wrote, as it is there."""
+    path = next(path for path in written if path.name in ("record.json", "bench.json"))
+    typer.echo(path.read_text(encoding="utf-8"), nl=False)
 
 
 def _show(metrics: Mapping[str, Any], forgotten: Sequence[str], outcome: Outcome) -> None:
