@@ -185,6 +185,32 @@ def test_an_audit_is_verified_and_measured_again(erased: Erased, tmp_path: Path)
     assert "measured again, other than recorded: audits.prototype" in erased.wrong(out, audit=True)[0]
 
 
+def test_a_record_of_older_code_is_held_to_what_it_has(erased: Erased, tmp_path: Path) -> None:
+    def older(record: dict[str, Any]) -> None:
+        record["provenance"]["code"]["source"] = "0" * 64
+        for side in ("before", "after", "retrained"):
+            record["metrics"].get(side, {}).pop("confusion", None)
+
+    edit(erased.first, older, hash_anew=True)
+    (found,) = erased.check(erased.first, audit=True)["measures"]
+    assert found.ok
+    told = "the record lacks what is measured by now: metrics.after.confusion, metrics.before.confusion, "
+    assert told + "metrics.retrained.confusion" in found.sentence
+    edit(erased.first, lambda record: record["metrics"]["after"].update(retain_accuracy=0.9), hash_anew=True)
+    (found,) = erased.check(erased.first, audit=True)["measures"]
+    assert found.ok is False
+    assert "other than recorded: metrics.after.retain_accuracy; the record lacks" in found.sentence
+
+    out, unlearned, options = tmp_path / "audit", erased.second / "unlearned.safetensors", DataOptions(spec="digits")
+    audits = ["prototype", "head_only"]
+    audit_command(options, erased.trained.model, erased.trained.weights, unlearned, out, audits=audits, device="cpu")
+    edit(out, lambda record: record["audits"].pop("head_only"), hash_anew=True)
+    edit(out, older, hash_anew=True)
+    edit(out, lambda record: record["verdict"].update(first_line="Said otherwise."), hash_anew=True)
+    (found,) = erased.check(out, audit=True)["measures"]
+    assert found.ok, found
+
+
 # Tampering, each kind caught and named
 
 

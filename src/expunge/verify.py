@@ -12,12 +12,13 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from expunge.audits import AUDITS
 from expunge.commands import RetainOptions, audit_command, erase, measure_again
 from expunge.data import decode
 from expunge.errors import InputError, first_line
@@ -55,6 +56,8 @@ REPLAY_TOLERANCE = 1 / 3
 with another number of threads or other vector instructions, 0.51 and 0.65 with another seed; see docs/record.md."""
 MEASURE_TOLERANCE = 0.02
 """How far a measure may be off elsewhere, absolute and relative: an image more or less of fifty."""
+SENTENCES = {"says", "source", "evidence", "diagnosis", "not_tested", "first_line", "scope", "skipped", "needs"}
+"""What is told in words, of which nothing is a measure."""
 JUMPY = {"confusion", "points"}
 """What is not compared elsewhere: counts of a few images, of which the accuracies tell too, and places on a plane."""
 SAME_TOLERANCE = 1e-6
@@ -351,8 +354,9 @@ def _ledger(folder: Path, record: Content, where: Elsewhere) -> Iterator[Finding
     if place is None:
         yield Finding("ledger", None, "the run was entered in no ledger")
         return
-    usual = [folder.resolve().parent / LEDGER, folder / LEDGER]
-    path = where.ledger or next((path for path in usual if path.is_file()), None)
+    usual = [folder.resolve().parent / LEDGER, folder / LEDGER]  # the second is where expunge demo has it
+    found = [path for path in usual if path.is_file()]
+    path = where.ledger or next((path for path in found if _begins_with(path, place["id"])), (*found, None)[0])
     if path is None:
         yield Finding("ledger", None, f"no ledger at {usual[0]}: not checked (name it with --ledger)")
         return
@@ -374,7 +378,15 @@ def _ledger(folder: Path, record: Content, where: Elsewhere) -> Iterator[Finding
     if gone is not None:
         yield Finding("ledger", False, f"{path}: {gone}")
     elif not broken:
-        yield Finding("ledger", True, f"entry {place['count']} of {path}, in an unbroken chain of {len(entries)}")
+        yield Finding("ledger", True, f"entry {place['count']} of {len(entries) - 1} in {path}, an unbroken chain")
+
+
+def _begins_with(path: Path, ledger: str) -> bool:
+    try:
+        entries = read_entries(path)
+    except InputError:
+        return False
+    return bool(entries) and entries[0].hash == ledger
 
 
 def check_ledger(path: Path, places: Sequence[Path]) -> list[str]:
@@ -536,8 +548,9 @@ def _measures(folder: Path, record: Content, where: Elsewhere, journal: Journal)
                 again = audit_command(
                     data, spec, original, Path(model["unlearned"]), Path(scratch),
                     classes=record["classes"]["forget"], retrained=[Path(path) for path in model["retrained"]],
-                    audits=record["config"]["audits"], training_data=record["config"]["training_data"],
-                    seed=record["seed"], device=device, journal=journal,
+                    audits=[name for name in record["audits"] if name in AUDITS],
+                    training_data=record["config"]["training_data"], seed=record["seed"], device=device,
+                    journal=journal,
                 ).record  # fmt: skip
         else:
             again = measure_again(
@@ -545,45 +558,58 @@ def _measures(folder: Path, record: Content, where: Elsewhere, journal: Journal)
                 retrained=Path(model["retrained"]) if model["retrained"] else None, seed=record["seed"], device=device,
                 journal=journal,
             )  # fmt: skip
-    told = {name: {key: part for key, part in one.items() if key != "seconds"} for name, one in again.audits.items()}
-    now = json.loads(json.dumps({"metrics": again.metrics, "audits": told, "verdict": again.verdict}))
     differing = _surroundings(record, again.environment)
     exact = not differing and again.environment["device"] == "cpu"
+    same_code = record["provenance"]["code"]["source"] == code_digests()["source"]
     then = {name: record[name] for name in ("metrics", "audits", "verdict")}
-    changed, count = _compared(then, now, tolerance := SAME_TOLERANCE if exact else MEASURE_TOLERANCE)
-    cause = f"; different here: {', '.join(differing)}" if differing else ""
+    now = json.loads(json.dumps({"metrics": again.metrics, "audits": again.audits, "verdict": again.verdict}))
+    comparison = Comparison(SAME_TOLERANCE if exact else MEASURE_TOLERANCE, words=exact and same_code)
+    comparison.compare(then, now)
+    changed, lacking = list(dict.fromkeys(comparison.changed)), comparison.lacking
+    if same_code:  # it would have written them
+        changed, lacking = changed + lacking, []
+    without = f"; the record lacks what is measured by now: {_listed(lacking)}" if lacking else ""
+    cause = f"{without}; different here: {', '.join(differing)}" if differing else without
     if not changed:
-        return Finding("measures", True, f"{count:,} values measured again, as recorded to {tolerance:g}{cause}")
-    listed = ", ".join(changed[:4]) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
-    return Finding("measures", False, f"measured again, other than recorded: {listed}{cause}")
+        told = f"{comparison.count:,} values measured again, as recorded to {comparison.tolerance:g}"
+        return Finding("measures", True, f"{told}{cause}")
+    return Finding("measures", False, f"measured again, other than recorded: {_listed(changed)}{cause}")
 
 
-def _compared(then: Any, now: Any, tolerance: float, path: str = "") -> tuple[list[str], int]:
-    """Return the names of the values that differ, and how many were compared.
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
-    No `seconds`; elsewhere no sentences, and nothing that one image called otherwise moves by more than any tolerance.
-    """
-    if isinstance(then, Mapping) and isinstance(now, Mapping):
-        changed: list[str] = []
-        count = 0
-        skipped = {"seconds"} | (JUMPY if tolerance >= MEASURE_TOLERANCE else set())
-        for name in sorted({*then, *now} - skipped):
-            more, compared = _compared(then.get(name), now.get(name), tolerance, f"{path}.{name}".removeprefix("."))
-            changed, count = changed + more, count + compared
-        return changed, count
-    if isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
-        results = [_compared(old, new, tolerance, path) for old, new in zip(then, now, strict=True)]
-        return sorted({name for names, _ in results for name in names}), sum(count for _, count in results)
-    if (
-        tolerance >= MEASURE_TOLERANCE
-        and isinstance(then, str)
-        and isinstance(now, str)
-        and not path.endswith(".answer")
-    ):
-        return [], 0  # evidence quotes numbers
-    numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (then, now))
-    same = math.isclose(then, now, rel_tol=tolerance, abs_tol=tolerance) if numbers else then == now
-    return [] if same else [path], 1
+
+@dataclass
+class Comparison:
+    """Compares what was measured with what is measured now, value by value."""
+
+    tolerance: float  # absolute and relative
+    words: bool  # compare sentences too; they quote numbers, and other code says them otherwise
+    changed: list[str] = field(default_factory=list)  # names of values that differ
+    lacking: list[str] = field(default_factory=list)  # names of what is measured now and was not then
+    count: int = 0  # values that were compared
+
+    def compare(self, then: Any, now: Any, path: str = "") -> None:
+        """Compare a part; but no `seconds`, and elsewhere nothing that an image called otherwise moves by much."""
+        if isinstance(then, Mapping) and isinstance(now, Mapping):
+            skipped = {"seconds"} | (JUMPY if self.tolerance >= MEASURE_TOLERANCE else set())
+            skipped |= set() if self.words else SENTENCES
+            for name in sorted({*then, *now} - skipped):
+                inner = f"{path}.{name}".removeprefix(".")
+                if name in then:
+                    self.compare(then[name], now.get(name), inner)
+                else:
+                    self.lacking.append(inner)
+        elif isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
+            for old, new in zip(then, now, strict=True):
+                self.compare(old, new, path)
+        else:
+            self.count += 1
+            numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (then, now))
+            close = numbers and math.isclose(then, now, rel_tol=self.tolerance, abs_tol=self.tolerance)
+            if not close and then != now:
+                self.changed.append(path)
 
 
 # What the record says of how to do it
