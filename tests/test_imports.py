@@ -24,7 +24,7 @@ LAYERS = (
     {"evaluation"},
     {"commands"},
     {"verify", "bench"},
-    {"terminal"},
+    {"terminal", "options"},
     {"cli"},
 )
 LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}

@@ -5,21 +5,37 @@ from __future__ import annotations
 import inspect
 import os
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
+from expunge.options import (
+    METHOD_HELP,
+    SPEC_HELP,
+    Command,
+    DataText,
+    Device,
+    Keeping,
+    Quiet,
+    Reading,
+    RecordOut,
+    Seed,
+    data_options,
+    listed,
+    password,
+    record_options,
+    spread,
+)
 from expunge.terminal import answers, progress
 from expunge.terminal.words import plain, say
 
 if TYPE_CHECKING:
-    from expunge.commands import Outcome, RecordOptions
-    from expunge.workspace import DataOptions
+    from expunge.commands import Outcome
 
 app = typer.Typer(
     help="Make a trained classifier forget whole classes, without reading them, and say honestly how well it went.",
@@ -30,118 +46,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Command = TypeVar("Command", bound=Callable[..., None])
-
 
 def _command(function: Command) -> Command:
     """Register a command; its docstring is its help, each paragraph on one line, since typer keeps breaks in them."""
     paragraphs = (inspect.getdoc(function) or "").split("\n\n")
-    return app.command(help="\n\n".join(" ".join(one.split()) for one in paragraphs))(function)
-
-
-def _seed(value: int) -> int:
-    if not 0 <= value < 2**63:
-        raise typer.BadParameter(f"{value} is not a whole number from 0 to 2**63 - 1.")
-    return value
-
-
-DataText = Annotated[
-    str,
-    typer.Option(
-        "--data",
-        metavar="SRC",
-        help="'digits', a folder (one sub-folder a class, or parquet), hf:NAME or torchvision:NAME.",
-        rich_help_panel="Data",
-    ),
-]
-LabelColumn = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Label column, where there are several.", rich_help_panel="Data")
-]
-ImageColumn = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Image column, where it has no usual name.", rich_help_panel="Data")
-]
-ClassNames = Annotated[
-    str | None,
-    typer.Option(
-        metavar="A,B,...",
-        help="All classes in the order of the model's outputs, where neither weights nor data name them.",
-        rich_help_panel="Data",
-    ),
-]
-Size = Annotated[
-    str | None,
-    typer.Option(
-        metavar="N or HxW",
-        help="Image size in pixels; else the weights', the zoo's, or the images' own.",
-        rich_help_panel="Preprocessing",
-    ),
-]
-Mean = Annotated[
-    str | None,
-    typer.Option(
-        metavar="R,G,B",
-        help="Channel means of images in \\[0, 1]; else the weights', the zoo's, or measured.",
-        rich_help_panel="Preprocessing",
-    ),
-]
-Std = Annotated[
-    str | None, typer.Option(metavar="R,G,B", help="Channel standard deviations.", rich_help_panel="Preprocessing")
-]
-Channels = Annotated[
-    int | None,
-    typer.Option(
-        min=1, max=3, metavar="N", help="1 (grey) or 3; else as the model takes.", rich_help_panel="Preprocessing"
-    ),
-]
-SkipBad = Annotated[
-    bool,
-    typer.Option(
-        "--skip-bad", metavar="", help="Leave out (and count) images that cannot be decoded.", rich_help_panel="Data"
-    ),
-]
-SPEC_HELP = "torchvision:NAME, timm:NAME, hf:NAME, allcnn, or path/to/file.py:function; arguments as ?a=1&b=2"
-METHOD_HELP = (
-    "unsir; or, to compare with: retrain, fine_tune, neg_grad, neg_grad_plus, random_labels, bad_teacher, scrub, "
-    "salun, l1_sparse, fisher, ssd, boundary_shrink, boundary_expand, jit, delete, svd_class, zero_shot_gkt, "
-    "error_min_max, none, head_mask, random_init."
-)
-Seed = Annotated[int, typer.Option(metavar="N", callback=_seed, help="Of all randomness.")]
-Device = Annotated[
-    str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, mps; else a GPU where there is one.")
-]
-Ledger = Annotated[
-    Path | None,
-    typer.Option(
-        "--ledger",
-        metavar="FILE",
-        envvar="EXPUNGE_LEDGER",
-        help="Where the run is entered; by default expunge-ledger.sqlite beside DIR. See expunge log.",
-        rich_help_panel="Record",
-    ),
-]
-NoLedger = Annotated[
-    bool, typer.Option("--no-ledger", metavar="", help="Enter the run nowhere.", rich_help_panel="Record")
-]
-Sign = Annotated[
-    Path | None,
-    typer.Option(
-        "--sign",
-        metavar="KEY",
-        help="Sign the record and the weights with this private key (PEM; its password in EXPUNGE_KEY_PASSWORD).",
-        rich_help_panel="Record",
-    ),
-]
-IncludeImages = Annotated[
-    bool,
-    typer.Option(
-        "--include-images",
-        metavar="",
-        help="Keep pictures of a few samples (images.json), which may show people, and show them on the page.",
-        rich_help_panel="Record",
-    ),
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", metavar="", help="Print errors only.")]
-RecordOut = Annotated[bool, typer.Option("--json", metavar="", help="Print the record as JSON, and nothing else.")]
+    return app.command(help="\n\n".join(" ".join(one.split()) for one in paragraphs))(spread(function))
 
 
 @_command
@@ -185,14 +94,8 @@ def train(
             metavar="", help="Mirror and shift images; by default for all but digits.", rich_help_panel="Recipe"
         ),
     ] = None,
-    label_column: LabelColumn = None,
-    image_column: ImageColumn = None,
-    class_names: ClassNames = None,
-    skip_bad: SkipBad = False,
-    size: Size = None,
-    mean: Mean = None,
-    std: Std = None,
-    channels: Channels = None,
+    *,
+    reading: Reading,
     seed: Seed = 0,
     device: Device = None,
     quiet: Quiet = False,
@@ -206,14 +109,14 @@ def train(
 
         from expunge.commands import TRAIN_DEFAULT, train_command
 
-        options = _data_options(data, label_column, image_column, class_names, size, mean, std, channels, skip_bad)
+        options = data_options(data, reading)
         with progress.shown_journal(quiet or not _first()) as journal:
             metadata = train_command(
                 options,
                 model,
                 out,
                 config=replace(TRAIN_DEFAULT, epochs=epochs, lr=lr, batch_size=batch_size),
-                leave_out=_list(without),
+                leave_out=listed(without),
                 per_class=per_class,
                 augment=augment,
                 seed=seed,
@@ -291,18 +194,9 @@ def forget(
         Path | None,
         typer.Option(metavar="W", help="Weights of the same model trained without the classes, to compare with."),
     ] = None,
-    label_column: LabelColumn = None,
-    image_column: ImageColumn = None,
-    class_names: ClassNames = None,
-    skip_bad: SkipBad = False,
-    size: Size = None,
-    mean: Mean = None,
-    std: Std = None,
-    channels: Channels = None,
-    ledger: Ledger = None,
-    no_ledger: NoLedger = False,
-    sign: Sign = None,
-    include_images: IncludeImages = False,
+    *,
+    reading: Reading,
+    keeping: Keeping,
     seed: Seed = 0,
     device: Device = None,
     as_json: RecordOut = False,
@@ -316,7 +210,7 @@ def forget(
     with _user_errors("nothing was written", together=True):
         from expunge.commands import RetainOptions, forget_command
 
-        options = _data_options(data, label_column, image_column, class_names, size, mean, std, channels, skip_bad)
+        options = data_options(data, reading)
         with progress.shown_journal(quiet or as_json or not _first()) as journal:
             outcome = forget_command(
                 options,
@@ -333,7 +227,7 @@ def forget(
                 retrained=retrained,
                 seed=seed,
                 device=device,
-                keep=_record_options(out, ledger, no_ledger, sign, include_images),
+                keep=record_options(out, keeping),
                 journal=journal,
             )
         _finish(outcome, out, quiet, as_json=as_json)
@@ -398,18 +292,9 @@ def audit(
             rich_help_panel="Data",
         ),
     ] = False,
-    label_column: LabelColumn = None,
-    image_column: ImageColumn = None,
-    class_names: ClassNames = None,
-    skip_bad: SkipBad = False,
-    size: Size = None,
-    mean: Mean = None,
-    std: Std = None,
-    channels: Channels = None,
-    ledger: Ledger = None,
-    no_ledger: NoLedger = False,
-    sign: Sign = None,
-    include_images: IncludeImages = False,
+    *,
+    reading: Reading,
+    keeping: Keeping,
     seed: Seed = 0,
     device: Device = None,
     as_json: RecordOut = False,
@@ -431,7 +316,7 @@ def audit(
             raise InputError(f"expected --budget default or large, got {budget!r}")
         recipe = replace(TRAIN_DEFAULT, epochs=epochs)
         many = EnsembleOptions(members=members, method=method, preset=preset, recipe=recipe)
-        options = _data_options(data, label_column, image_column, class_names, size, mean, std, channels, skip_bad)
+        options = data_options(data, reading)
         with progress.shown_journal(quiet or as_json or not _first()) as journal:
             outcome = audit_command(
                 options,
@@ -441,12 +326,12 @@ def audit(
                 out,
                 classes=classes or (),
                 retrained=retrained or (),
-                audits=_list(audits),
+                audits=listed(audits),
                 training_data=not no_training_data,
                 ensembles=many if budget == "large" else None,
                 seed=seed,
                 device=device,
-                keep=_record_options(out, ledger, no_ledger, sign, include_images),
+                keep=record_options(out, keeping),
                 journal=journal,
             )
         if as_json:
@@ -543,14 +428,8 @@ def bench(
         float, typer.Option(metavar="H", help="Time limit of a job.", rich_help_panel="Cluster")
     ] = 4.0,
     slurm_gpus: Annotated[int, typer.Option(min=0, metavar="N", help="GPUs of a job.", rich_help_panel="Cluster")] = 0,
-    label_column: LabelColumn = None,
-    image_column: ImageColumn = None,
-    class_names: ClassNames = None,
-    skip_bad: SkipBad = False,
-    size: Size = None,
-    mean: Mean = None,
-    std: Std = None,
-    channels: Channels = None,
+    *,
+    reading: Reading,
     device: Device = None,
     as_json: RecordOut = False,
     quiet: Quiet = False,
@@ -565,18 +444,14 @@ def bench(
         from expunge.bench.suites import Request
         from expunge.terminal import bench as terminal
 
-        options = (
-            _data_options(data, label_column, image_column, class_names, size, mean, std, channels, skip_bad)
-            if data is not None
-            else None
-        )
+        options = data_options(data, reading) if data is not None else None
         request = Request(
             data=options,
-            classes=tuple(_list(one) for one in classes or ()),
-            methods=_list(methods),
+            classes=tuple(listed(one) for one in classes or ()),
+            methods=listed(methods),
             seeds=seeds,
             trials=trials,
-            audits=_list(audits),
+            audits=listed(audits),
             model=model,
             weights=weights,
             epochs=epochs,
@@ -754,7 +629,7 @@ def sign(
         from expunge.signing import MEANING
         from expunge.verify import sign_record
 
-        path = sign_record(folder, key, _password())
+        path = sign_record(folder, key, password())
         if not quiet:
             say(Console(highlight=False), Text(f"Wrote {path}\n{MEANING}"))
 
@@ -840,84 +715,6 @@ def main() -> None:
 
             leave(end.code if isinstance(end.code, int) else 0)
         raise
-
-
-# Reading options
-
-
-def _list(text: str | None) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",")) if text is not None else ()
-
-
-def _data_options(
-    data: str,
-    label_column: str | None,
-    image_column: str | None,
-    class_names: str | None,
-    size: str | None,
-    mean: str | None,
-    std: str | None,
-    channels: int | None,
-    skip_bad: bool,
-) -> DataOptions:
-    from expunge.errors import InputError
-    from expunge.workspace import DataOptions
-
-    if channels == 2:
-        raise InputError("expected --channels 1 or 3, got 2")
-    return DataOptions(
-        spec=data,
-        label_column=label_column,
-        image_column=image_column,
-        class_names=_list(class_names) or None,
-        size=_size(size),
-        mean=_numbers(mean, "--mean"),
-        std=_numbers(std, "--std"),
-        channels=channels,
-        skip_bad=skip_bad,
-    )
-
-
-def _record_options(
-    out: Path, ledger: Path | None, no_ledger: bool, key: Path | None, include_images: bool
-) -> RecordOptions:
-    from expunge.commands import RecordOptions
-    from expunge.errors import InputError
-    from expunge.ledger import NAME
-
-    if ledger is not None and no_ledger and not os.environ.get("EXPUNGE_LEDGER"):
-        raise InputError("expected --ledger or --no-ledger, got both")
-    usual = out.absolute().parent / NAME
-    return RecordOptions(
-        ledger=None if no_ledger else ledger or usual, key=key, password=_password(), include_images=include_images
-    )
-
-
-def _password() -> str | None:
-    """Return the password of the key to sign with: from the environment, since arguments are seen by everybody."""
-    return os.environ.get("EXPUNGE_KEY_PASSWORD") or None
-
-
-def _size(text: str | None) -> tuple[int, int] | None:
-    from expunge.errors import InputError
-
-    if text is None:
-        return None
-    parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise InputError(f"expected --size N or HxW in pixels, got {text!r}")
-    return int(parts[0]), int(parts[-1])
-
-
-def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
-    from expunge.errors import InputError
-
-    if text is None:
-        return None
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise InputError(f"expected {option} as numbers with commas between, got {text!r}") from None
 
 
 # Showing what happens
