@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from expunge.schema import CalibrationReport, LearnedImages, Phase, Signals
+from expunge.schema import CalibrationReport, LearnedImages, Phase, Precision, Signals
 
 
 @dataclass
@@ -21,6 +21,7 @@ class Meter:
     labels: Counter[int] = field(default_factory=Counter)
     note: str = ""  # what does not go as usual; a later one takes its place
     told: str = ""  # signals that were read last, in words
+    precision: Precision = "fp32"
     _loss_sum: float = 0.0
     _loss_steps: int = 0
     _correct: int = 0
@@ -146,4 +147,5 @@ def _finished(name: str, seconds: float, meter: Meter) -> Phase:
         final_loss=meter.loss,
         signals=meter.told,
         note=meter.note,
+        precision=meter.precision,
     )
