@@ -23,7 +23,8 @@ from expunge.files import json_text
 from expunge.models import AllCNN
 from expunge.provenance import SAMPLE, SampleHashes, seal, tensors_digest, weights_digests
 from expunge.schema import Preprocessing, Record
-from expunge.verify import Elsewhere, Finding, relative_distance
+from expunge.verify import Elsewhere, Finding, again, place
+from expunge.verify.again import relative_distance
 from expunge.workspace import DataOptions
 from test_cli import SETTINGS, Trained, invoke, record_of, refuse, trained, write_digits
 
@@ -404,8 +405,8 @@ def test_elsewhere_a_replay_may_be_a_little_off_and_says_what_differs(
             next(done.unlearned.parameters()).mul_(factor)
         return done
 
-    monkeypatch.setattr(verify, "environment", other)
-    monkeypatch.setattr(verify, "erase", nudged)
+    monkeypatch.setattr(again, "environment", other)
+    monkeypatch.setattr(again, "erase", nudged)
     factor = 1.0001
     (found,) = erased.check(erased.first, replay=True)["replay"]
     assert found.ok
@@ -414,7 +415,7 @@ def test_elsewhere_a_replay_may_be_a_little_off_and_says_what_differs(
     factor = 9.0
     (found,) = erased.check(erased.first, replay=True)["replay"]
     assert found.ok is False
-    monkeypatch.setattr(verify, "environment", real)
+    monkeypatch.setattr(again, "environment", real)
     factor = 1.0001
     (found,) = erased.check(erased.first, replay=True)["replay"]
     assert found.ok is False
@@ -423,7 +424,7 @@ def test_elsewhere_a_replay_may_be_a_little_off_and_says_what_differs(
 
 def test_other_code_is_said(erased: Erased, monkeypatch: pytest.MonkeyPatch) -> None:
     here = provenance.code_digests()
-    monkeypatch.setattr(verify, "code_digests", lambda: here | {"source": "0" * 64})
+    monkeypatch.setattr(place, "code_digests", lambda: here | {"source": "0" * 64})
     (found,) = erased.check(erased.first)["code"]
     assert (found.ok, "made by other code" in found.sentence) == (None, True)
 
