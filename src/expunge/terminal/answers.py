@@ -62,7 +62,7 @@ FILES = {
 
 def show_files(console: Console, files: Sequence[Path], out: Path) -> None:
     """Print what was written: those in `out` one a line, each with what it is for; plots and the ledger at the end."""
-    inside = {path.name for path in files if path.parent == out}
+    inside = {path.name for path in files if path.parent.resolve() == out.resolve()}
     say(console, Text(f"\nWrote to {out}:"))
     for name, use in FILES.items():
         if name in inside and use:
