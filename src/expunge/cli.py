@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.console import Console
@@ -21,6 +21,7 @@ from expunge.options import (
     DataText,
     Device,
     Keeping,
+    PrecisionText,
     Quiet,
     Reading,
     RecordOut,
@@ -36,6 +37,7 @@ from expunge.terminal.words import plain, say
 
 if TYPE_CHECKING:
     from expunge.commands import Outcome
+    from expunge.schema import Precision
 
 app = typer.Typer(
     help="Make a trained classifier forget whole classes, without reading them, and say honestly how well it went.",
@@ -98,6 +100,7 @@ def train(
     reading: Reading,
     seed: Seed = 0,
     device: Device = None,
+    precision: PrecisionText = "auto",
     quiet: Quiet = False,
 ) -> None:
     """Train a classifier: an original, or (--without) its retrained reference.
@@ -115,7 +118,13 @@ def train(
                 options,
                 model,
                 out,
-                config=replace(TRAIN_DEFAULT, epochs=epochs, lr=lr, batch_size=batch_size),
+                config=replace(
+                    TRAIN_DEFAULT,
+                    epochs=epochs,
+                    lr=lr,
+                    batch_size=batch_size,
+                    precision=cast("Precision", precision),
+                ),
                 leave_out=listed(without),
                 per_class=per_class,
                 augment=augment,
@@ -199,6 +208,7 @@ def forget(
     keeping: Keeping,
     seed: Seed = 0,
     device: Device = None,
+    precision: PrecisionText = "auto",
     as_json: RecordOut = False,
     quiet: Quiet = False,
 ) -> None:
@@ -224,6 +234,7 @@ def forget(
                 method=method,
                 preset=preset,
                 settings=settings or (),
+                precision=cast("Precision", precision),
                 retrained=retrained,
                 seed=seed,
                 device=device,

@@ -20,7 +20,7 @@ from expunge.audits import AUDITS, Audit, Subject
 from expunge.audits.check import LAYERS, Check
 from expunge.audits.ensembles import judge_ensembles, train_ensembles
 from expunge.audits.runner import as_figure
-from expunge.config import as_json, override
+from expunge.config import as_json, override, precision_settings
 from expunge.data import (
     ImageTable,
     TensorImages,
@@ -58,7 +58,7 @@ from expunge.provenance import (
 )
 from expunge.report import html_writer
 from expunge.report.rerun import rerun
-from expunge.schema import IMAGES, Phase, Preprocessing, Record, Split, TrainConfig
+from expunge.schema import IMAGES, Phase, Precision, Preprocessing, Record, Split, TrainConfig
 from expunge.signing import SIGNATURE, check_private, sign_folder
 from expunge.training import predict, train
 from expunge.verdict import verdict
@@ -204,6 +204,7 @@ def forget_command(
     method: str = "unsir",
     preset: str = "default",
     settings: Sequence[str] = (),
+    precision: Precision = "auto",
     retrained: Path | None = None,
     seed: int = 0,
     device: str | None = None,
@@ -219,6 +220,7 @@ def forget_command(
         model: the model string; None: as the weights say.
         classes: names or indices to forget.
         settings: `name=value` changes of the preset's configuration.
+        precision: of every training in it, where it is not "auto".
         retrained: weights of the same model trained without the classes, to compare with.
         keep: the ledger to enter the erasure in, the key to sign it with, and whether to keep pictures; None: neither.
 
@@ -228,6 +230,11 @@ def forget_command(
     journal = journal or Journal()
     retain = retain or RetainOptions()
     keep = keep or RecordOptions()
+    if precision != "auto":
+        changes = precision_settings(as_json(_preset(method, preset)), precision)
+        if not changes:
+            raise InputError(f"{method} trains nothing that could be done in {precision}: leave --precision out")
+        settings = [*settings, *changes]
     for name in ("record.json", "report.html", SAMPLE, IMAGES) if ranks().first else ():
         check_writable(out / name)
     signer = keep.signer() if ranks().first else None

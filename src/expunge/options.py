@@ -42,6 +42,14 @@ Seed = Annotated[int, typer.Option(metavar="N", callback=_seed, help="Of all ran
 Device = Annotated[
     str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, mps; else a GPU where there is one.")
 ]
+PrecisionText = Annotated[
+    str,
+    typer.Option(
+        "--precision",
+        metavar="NAME",
+        help="Of the sums within the model while it trains: fp32, bf16, or auto, the faster one for model and device.",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", metavar="", help="Print errors only.")]
 RecordOut = Annotated[bool, typer.Option("--json", metavar="", help="Print the record as JSON, and nothing else.")]
 

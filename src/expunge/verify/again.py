@@ -16,9 +16,11 @@ import torch
 
 from expunge.audits import AUDITS
 from expunge.commands import RetainOptions, audit_command, erase, measure_again
+from expunge.config import as_json, precision_settings
 from expunge.errors import InputError
 from expunge.evaluation import environment
 from expunge.journal import Journal
+from expunge.methods import PRESETS
 from expunge.models import parse_model
 from expunge.provenance import (
     SAMPLE,
@@ -70,7 +72,7 @@ def replay_erasure(folder: Path, record: Content, where: Elsewhere, journal: Jou
             ),
             method=record["method"],
             preset=record["config"]["preset"],
-            settings=record["config"]["settings"],
+            settings=[*record["config"]["settings"], *_precision(record)],
             seed=record["seed"],
             device=_device(record, where),
             salt=salt,
@@ -95,6 +97,13 @@ def replay_erasure(folder: Path, record: Content, where: Elsewhere, journal: Jou
     cause = f"; different here, which alone can change bits: {', '.join(differing)}" if differing else ""
     let = f"up to {REPLAY_TOLERANCE:.2g} is let pass where bits may differ"
     yield Finding("replay", share <= REPLAY_TOLERANCE, f"{told} ({let}){cause}")
+
+
+def _precision(record: Content) -> list[str]:
+    """Return the settings by which trainings are done in the precision they were done in, whatever is faster here."""
+    mixed = any(phase.get("precision") == "bf16" for phase in record["cost"]["phases"].values())
+    config = as_json(PRESETS[record["method"]][record["config"]["preset"]]())
+    return precision_settings(config, "bf16" if mixed else "fp32")
 
 
 def relative_distance(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> float:
