@@ -469,8 +469,7 @@ class _Calibrated:
         model, rate, found, rounds = self.model, config.impair.lr, 0.0, 0
         for rounds in range(1, self.plan.rounds + 1):
             impaired, rate = self._impair(model, noise, impressions, rate, rounds)
-            slowed = min(1.0, rate / config.impair.lr)
-            model, after = self._repair(impaired, lesson, slowed, goal, rounds)
+            model, after = self._repair(impaired, lesson, goal, rounds)
             if best is None or self._rank(after) > self._rank(best[1]):
                 best, found = (model, after), rate
             if not self._gone(after):
@@ -488,7 +487,7 @@ class _Calibrated:
             back=back,
             why=self._why(gone, back, after),
             impair_rate=found,
-            repair_rate=config.repair.lr * min(1.0, found / config.impair.lr),
+            repair_rate=config.repair.lr,
             batch_size=config.repair.batch_size,
             held_out=len(self.evidence.labels),
             rounds=rounds,
@@ -554,16 +553,14 @@ class _Calibrated:
         return impaired, outcome
 
     def _repair(
-        self, model: nn.Module, lesson: Lesson, slowed: float, goal: float, number: int
+        self, model: nn.Module, lesson: Lesson, goal: float, number: int
     ) -> tuple[nn.Module, Signals]:
         """Repair in cycles until retained accuracy is back or stalls; return the best of them and what it shows."""
         first = self.config.repair
         best: tuple[nn.Module, Signals] | None = None
         for cycle in range(self.plan.cycles):
             steps = first.steps or 0
-            config = replace(first, lr=first.lr * slowed)
-            if cycle > 0:
-                config = replace(config, lr=config.lr / 2, steps=max(1, steps // 4))
+            config = first if cycle == 0 else replace(first, lr=first.lr / 2, steps=max(1, steps // 4))
             seed = self.seed + 100 * number + cycle
             model = _repair(model, self.split, config, lesson, seed=seed, journal=self.journal)
             shown = self._read(model, "repair", steps + cycle * max(1, steps // 4))
