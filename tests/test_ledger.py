@@ -168,7 +168,8 @@ def test_each_run_is_entered_beside_its_folder_and_listed(tmp_path: Path, traine
     listed = invoke("log", "--ledger", str(path)).stdout
     record = record_of(tmp_path / "b")
     for text in (
-        "forget, unsir, seed 0",
+        "forget: 3",
+        "unsir, seed 0",
         f"record {record['content_hash'][:16]} in {tmp_path / 'b'}",
         record["provenance"]["weights"]["original"]["tensors"][:16],
         "forgotten: no",

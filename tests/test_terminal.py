@@ -120,7 +120,7 @@ def test_a_benchmark_of_two_processes_in_a_terminal(tmp_path: Path) -> None:
     assert max(map(len, lines)) <= COLUMNS
     assert any(re.match(r"models +\d/3 .*seed 0.*: [\d.]+ s", line) for line in lines), lines
     assert any("running" in line and "finished" in line for line in lines)
-    last = lines[lines.index("A_f, A_r: accuracy on forgotten and on retained classes, last cell") - 4 :]
+    last = lines[lines.index("A_f, A_r: accuracy of the last cell on forgotten, retained classes") - 4 :]
     end = [line.rstrip() for line in lines[-9:]]
     assert any(re.fullmatch(r"none +2/2 +[\d.]+% +[\d.]+%", line) for line in end), (end, last)
     assert any(re.fullmatch(r"ssd +2/2 +[\d.]+% +[\d.]+%", line) for line in end)
@@ -192,7 +192,7 @@ def test_a_low_window_shows_what_runs(tmp_path: Path) -> None:
     lines = drawn(board, 12)
     assert len(lines) <= 11
     assert {line.split("  ")[0] for line in lines[1:]} >= {"bad teacher", "jit", "unsir"}
-    assert any("and 18 more methods" in line for line in lines), lines
+    assert any("18 rows more. A_f" in line for line in lines), lines
     board.close()
     assert len(drawn(board)) > len(METHODS)
 

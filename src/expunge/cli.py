@@ -450,7 +450,7 @@ def bench(
     Every cell is done once and kept: interrupted or killed, the same command goes on. Several processes and machines
     may run it on one folder. A cell that fails is recorded with its error; the rest goes on, and it leaves with 1.
     """
-    with _user_errors("finished cells are kept: run the same command again to go on"):
+    with _user_errors("finished cells are kept; run the same command again to go on"):
         from expunge.bench.command import bench_command, plan, submit_command
         from expunge.bench.suites import Request
         from expunge.terminal import bench as terminal

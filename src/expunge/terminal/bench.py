@@ -108,8 +108,8 @@ class Board:
         table.add_column("" if self._closed else "running now", ratio=1, no_wrap=True, overflow="ellipsis")
         for row in chosen:
             table.add_row(*_cells(row), style="dim" if row.finished == row.total and not row.failed else None)
-        more = f"and {len(rows) - len(chosen)} more methods; " if len(rows) > len(chosen) else ""
-        legend = Text(f"{more}A_f, A_r: accuracy on forgotten and on retained classes, last cell", style="dim")
+        more = f"{len(rows) - len(chosen)} rows more. " if len(rows) > len(chosen) else ""
+        legend = Text(f"{more}A_f, A_r: accuracy of the last cell on forgotten, retained classes", style="dim")
         return Group(table, legend, *self._foot(rows))
 
     def _foot(self, rows: Sequence[Row]) -> Iterator[RenderableType]:
