@@ -36,7 +36,8 @@ DataText = Annotated[
     typer.Option(
         "--data",
         metavar="SRC",
-        help="'digits', a folder (one sub-folder a class, or parquet), hf:NAME or torchvision:NAME.",
+        help="'digits', a folder (one sub-folder a class, parquet, or WebDataset tars), such files by a pattern or "
+        "a URL (s3://...), hf:NAME or torchvision:NAME.",
         rich_help_panel="Data",
     ),
 ]
@@ -80,6 +81,14 @@ Channels = Annotated[
 SkipBad = Annotated[
     bool,
     typer.Option("--skip-bad", help="Leave out (and count) images that cannot be decoded.", rich_help_panel="Data"),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Decoded images to hold at once, as 512M or 8G; more are streamed. By default 256M.",
+        rich_help_panel="Data",
+    ),
 ]
 SPEC_HELP = "torchvision:NAME, timm:NAME, hf:NAME, allcnn, or path/to/file.py:function; arguments as ?key=value&..."
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of all randomness.")]
@@ -157,6 +166,7 @@ def train(
     image_column: ImageColumn = None,
     class_names: ClassNames = None,
     skip_bad: SkipBad = False,
+    memory: Memory = None,
     size: Size = None,
     mean: Mean = None,
     std: Std = None,
@@ -174,7 +184,9 @@ def train(
 
         from expunge.commands import TRAIN_DEFAULT, train_command
 
-        options = _data_options(data, label_column, image_column, class_names, size, mean, std, channels, skip_bad)
+        options = _data_options(
+            data, label_column, image_column, class_names, size, mean, std, channels, skip_bad, memory
+        )
         with _journal(quiet) as journal:
             metadata = train_command(
                 options,
@@ -259,6 +271,7 @@ def forget(
     image_column: ImageColumn = None,
     class_names: ClassNames = None,
     skip_bad: SkipBad = False,
+    memory: Memory = None,
     size: Size = None,
     mean: Mean = None,
     std: Std = None,
@@ -280,7 +293,9 @@ def forget(
     with _user_errors("nothing was written", together=True):
         from expunge.commands import RetainOptions, forget_command
 
-        options = _data_options(data, label_column, image_column, class_names, size, mean, std, channels, skip_bad)
+        options = _data_options(
+            data, label_column, image_column, class_names, size, mean, std, channels, skip_bad, memory
+        )
         with _journal(quiet or as_json) as journal:
             outcome = forget_command(
                 options,
@@ -883,6 +898,7 @@ def _data_options(
     std: str | None,
     channels: int | None,
     skip_bad: bool,
+    memory: str | None = None,
 ) -> DataOptions:
     from expunge.errors import InputError
     from expunge.workspace import DataOptions
@@ -899,6 +915,7 @@ def _data_options(
         std=_numbers(std, "--std"),
         channels=channels,
         skip_bad=skip_bad,
+        memory=_bytes(memory),
     )
 
 
@@ -931,6 +948,20 @@ def _size(text: str | None) -> tuple[int, int] | None:
     if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise InputError(f"expected --size N or HxW in pixels, got {text!r}")
     return int(parts[0]), int(parts[-1])
+
+
+def _bytes(text: str | None) -> int | None:
+    from expunge.errors import InputError
+
+    if text is None:
+        return None
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
+    if not number.isdecimal() or unit not in UNITS:
+        raise InputError(f"expected --memory as a number of bytes, or with K, M or G, got {text!r}")
+    return int(number) * UNITS[unit]
+
+
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
 def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
