@@ -31,7 +31,9 @@ def network() -> nn.Sequential:
         )  # fmt: skip
 
 
-CONFIG = TrainConfig(epochs=2, lr=0.05, batch_size=16, schedule="one_cycle", optimizer="sgd", flip=True, crop=1)
+CONFIG = TrainConfig(
+    epochs=2, lr=0.05, batch_size=16, schedule="one_cycle", optimizer="sgd", flip=True, crop=1, precision="fp32"
+)
 
 
 def trained(dataset: Any, count: int, **arguments: Any) -> State:
@@ -83,7 +85,7 @@ def learned() -> State:
     with Journal().phase("noise", steps=None) as meter:
         found = descend(
             model, start, torch.arange(5) % 3, lambda logits, labels, _: F.cross_entropy(logits, labels),
-            lr=0.1, steps=5, meter=meter,
+            lr=0.1, steps=5, precision="fp32", meter=meter,
         )  # fmt: skip
     return {"images": found, "loss": meter.loss, "samples": meter.samples}
 

@@ -1267,7 +1267,7 @@ def _sentences(outcome: Outcome) -> Iterator[str]:
     )
     cost = record.cost
     phases = ", ".join(f"{name} {phase['seconds']:.1f} s" for name, phase in cost["phases"].items())
-    yield f"Took {cost['seconds']:.1f} s ({phases}), {cost['steps']} optimizer steps."
+    yield f"Took {cost['seconds']:.1f} s ({phases}), {cost['steps']} optimizer steps{_mixed(cost)}."
     preprocessing = record.data["preprocessing"]
     height, width = preprocessing["size"]
     yield f"Images: {height}x{width}, mean and std {_source(preprocessing['source'])}."
@@ -1289,6 +1289,10 @@ def _calibrated(found: Mapping[str, Any] | None) -> Iterator[str]:
         f"{found['repair_rate']:g}, batches of {found['batch_size']}; signals read on {found['held_out']} held-out "
         "retained images and on class impressions."
     )
+
+
+def _mixed(cost: Mapping[str, Any]) -> str:
+    return ", bf16" if any(phase.get("precision") == "bf16" for phase in cost["phases"].values()) else ""
 
 
 def _source(source: str) -> str:

@@ -314,6 +314,7 @@ def cost_of(method: Sequence[Phase], evaluation: Sequence[Phase]) -> dict[str, A
         total["steps"] += phase.steps
         total["samples"] += phase.samples
         total["final_loss"] = phase.final_loss
+        total["precision"] = phase.precision
     return {
         "phases": phases,
         "seconds": sum(phase.seconds for phase in method),

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from expunge.schema import CalibrationReport, LearnedImages, Phase, Signals
+from expunge.schema import CalibrationReport, LearnedImages, Phase, Precision, Signals
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -23,6 +23,7 @@ class Meter:
     samples: int = 0
     labels: Counter[int] = field(default_factory=Counter)
     note: str = ""  # what does not go as usual; a later one takes its place
+    precision: Precision = "fp32"
     _loss_sum: float = 0.0
     _loss_steps: int = 0
     _correct: int = 0
@@ -113,6 +114,7 @@ class Journal:
             final_loss=meter.loss,
             signals=meter._told,
             note=meter.note,
+            precision=meter.precision,
         )
         self.phases.append(phase)
         if meter._show is not None:

@@ -19,6 +19,9 @@ SCHEMA_VERSION = 1
 IMAGES = "images.json"
 """Name of the file beside a record that holds pictures of samples, there only where they were asked for."""
 
+Precision = Literal["auto", "fp32", "bf16"]
+"""Of the sums within a model while it trains, weights being float32: auto takes the faster one for model and device."""
+
 Sample = tuple[Any, Any]
 """(image, label): a tensor (channels, H, W) or PIL image, and an integer class."""
 
@@ -90,6 +93,7 @@ class TrainConfig:
     crop: int = 0  # pixels of reflection padding before a random crop
     clip_value: float | None = None  # gradient elements are clipped to [-clip_value, clip_value]
     update_norm_statistics: bool = True  # False: running statistics stay as they are
+    precision: Precision = "auto"  # fp32, bf16, or the faster one for model and device: training.precision_for
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
@@ -106,6 +110,8 @@ class TrainConfig:
             raise InputError(f"expected optimizer adam, adamw or sgd, got {self.optimizer!r}")
         if self.schedule not in ("constant", "one_cycle"):
             raise InputError(f"expected schedule constant or one_cycle, got {self.schedule!r}")
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise InputError(f"expected precision auto, fp32 or bf16, got {self.precision!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +126,7 @@ class Phase:
     final_loss: float | None  # mean over the last epoch; None where nothing was trained
     signals: str = ""  # what was last read of the model in this phase, in words
     note: str = ""  # what did not go as usual, in words
+    precision: str = "fp32"  # of the sums within the model: fp32, or bf16 with float32 weights
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,16 +24,18 @@ from expunge.data import TensorImages, normalize
 from expunge.errors import DivergedError, InputError
 from expunge.journal import Journal, Meter
 from expunge.processes import Ranks, ranks
-from expunge.schema import Preprocessing, Signals, Split
+from expunge.schema import Precision, Preprocessing, Signals, Split
 from expunge.training import (
     PREDICT_BATCH,
     Parts,
     Share,
+    answer,
     as_tensor,
     device_of,
     evaluating,
+    fastest_layout,
     has_running_statistics,
-    logits_of,
+    precision_for,
     seeded,
     together,
 )
@@ -77,6 +79,7 @@ def learn_impressions(
     *,
     kind: Kind = "retained",
     seed: int,
+    precision: Precision = "auto",
     journal: Journal | None = None,
 ) -> Impressions:
     """Learn images that `model` calls each forget class, all classes in one batch.
@@ -112,6 +115,7 @@ def learn_impressions(
             lambda logits, targets, _: F.cross_entropy(logits, targets),
             lr=IMPRESSION_LR,
             steps=IMPRESSION_STEPS,
+            precision=precision,
             meter=meter,
         )
     return Impressions(images, labels, starts, start_labels)
@@ -124,6 +128,7 @@ def gather_evidence(
     *,
     per_class: int = 8,
     seed: int,
+    precision: Precision = "auto",
     journal: Journal | None = None,
 ) -> Evidence:
     """Return what to read signals on: held-out retained images and impressions of every kind, of the original `model`.
@@ -146,7 +151,9 @@ def gather_evidence(
         labels=torch.tensor([int(sample[1]) for sample in samples]),
         answers=retained_answers(_logits(model, retained), gone),
         impressions={
-            kind: learn_impressions(model, split, per_class, kind=kind, seed=seed + number, journal=journal)
+            kind: learn_impressions(
+                model, split, per_class, kind=kind, seed=seed + number, precision=precision, journal=journal
+            )
             for number, kind in enumerate(KINDS)
         },
         forget_classes=split.forget_classes,
@@ -227,13 +234,19 @@ def descend(
     *,
     lr: float,
     steps: int,
+    precision: Precision,
     meter: Meter,
 ) -> Tensor:
-    """Return images after `steps` Adam steps down `objective(logits, labels, images)`; the model does not change."""
+    """Return images after `steps` Adam steps down `objective(logits, labels, images)`.
+
+    The weights of `model`, which is a copy of the caller's own, do not change; their memory layout may.
+    """
     device = device_of(model)
     # in train mode an image changes what becomes of the others, so every process learns all of them
     share = Share(len(start), Ranks() if model.training else ranks())
-    images = start[share.rows].to(device).clone().requires_grad_()
+    images = start[share.rows].to(device).clone()
+    images = images.contiguous(memory_format=fastest_layout(model, images)).requires_grad_()
+    meter.precision = precision_for(precision, model, images)
     targets = labels[share.rows].to(device)
     optimizer = torch.optim.Adam([images], lr)
     parts = Parts(meter, 0 if model.training else 1)
@@ -241,7 +254,7 @@ def descend(
     def learn(rows: slice) -> tuple[float, int]:
         mine = (images, targets) if rows == slice(0, len(images)) else (images[rows], targets[rows])
         weight = len(mine[1]) / len(images)
-        loss = objective(logits_of(model(mine[0])), mine[1], mine[0])
+        loss = objective(answer(model, mine[0], meter.precision), mine[1], mine[0])
         scale = weight * share.count / share.size  # of the mean over all images
         torch.autograd.backward(loss if scale == 1 else scale * loss, inputs=[images])
         return weight * loss.item(), 0

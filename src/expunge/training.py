@@ -28,13 +28,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.flop_counter import FlopCounterMode
 
+from expunge.convolutions import TinyMaps
 from expunge.data import count_labels, normalize, to_8_bits
 from expunge.errors import DivergedError, InputError
 from expunge.files import write_atomically
 from expunge.journal import Journal, Meter
 from expunge.processes import Ranks, agreed, gathered, ranks, shared_statistics, summed
-from expunge.schema import Predictions, Preprocessing, TrainConfig
+from expunge.schema import Precision, Predictions, Preprocessing, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -146,8 +148,10 @@ def train(
                     batch = replace(batch, images=augment(batch.images, config, share))
                     if runner is None:
                         layout = fastest_layout(model, batch.images)
+                        meter.precision = precision_for(config.precision, model, batch.images)
                         runner = _shared(accelerator, model, batch.images)
-                    learn = partial(_learn, accelerator, runner, loss_of, share, layout, batch)
+                    run = partial(answer, runner, precision=meter.precision)
+                    learn = partial(_learn, accelerator, run, loss_of, share, layout, batch)
                     running.keep()
                     with share.drawing(seed, epoch, meter.steps), share.statistics():
                         value, correct = share.summed(
@@ -186,7 +190,7 @@ def train(
 
 def _learn(
     accelerator: Accelerator,
-    runner: nn.Module,
+    run: Callable[[Tensor], Tensor],
     loss_of: Objective,
     share: Share,
     layout: torch.memory_format,
@@ -195,7 +199,7 @@ def _learn(
 ) -> tuple[float, int]:
     """Add the gradients of some rows of a batch to what is there; return their part of the loss, and right answers."""
     part = batch if rows == slice(0, len(batch.labels)) else batch.part(rows)
-    logits = logits_of(runner(part.images.contiguous(memory_format=layout)))
+    logits = run(part.images.contiguous(memory_format=layout))
     weight = len(part.labels) / len(batch.labels)
     loss = loss_of(logits, part) if part is batch else weight * loss_of(logits, part)
     value = loss.item()
@@ -231,11 +235,11 @@ def predict(
         for pieces, share in loader:
             batch = _inputs(pieces, preprocessing, device)
             try:
-                answer = parts.answers(model, batch.images.contiguous(memory_format=layout))
+                answers = parts.answers(model, batch.images.contiguous(memory_format=layout))
             except RuntimeError:  # as `fastest_layout` says; what is wrong in itself is so again
                 layout = torch.contiguous_format
-                answer = parts.answers(model, batch.images.contiguous())
-            logits.append(answer[: share.count].float().cpu())
+                answers = parts.answers(model, batch.images.contiguous())
+            logits.append(answers[: share.count].float().cpu())
             labels.append(batch.labels[: share.count].cpu())
             sizes.append(share.size)
             meter.step(samples=share.size)
@@ -265,6 +269,49 @@ def logits_of(output: Any) -> Tensor:
         came = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(output).__name__
         raise InputError(f"expected the model to return logits (images, classes), got {came}")
     return logits
+
+
+def answer(model: nn.Module, images: Tensor, precision: Precision = "fp32") -> Tensor:
+    """Return the logits (N, C), float32, of `model` on images (N, channels, H, W): the one way in which models are run.
+
+    Args:
+        precision: "bf16" runs it under torch's autocast; measures are always taken in "fp32".
+    """
+    kind = images.device.type
+    # on a GPU these products would be many small kernels
+    with TinyMaps() if kind == "cpu" else nullcontext():
+        if precision != "bf16":
+            return logits_of(model(images))
+        with torch.autocast(kind, torch.bfloat16):
+            return logits_of(model(images)).float()
+
+
+def precision_for(asked: Precision, model: nn.Module, images: Tensor) -> Precision:
+    """Return "fp32" or "bf16": what was `asked` for, or with "auto" what trains faster.
+
+    bf16 is faster where the device has matrix units for it: on a GPU, and on a CPU (AMX) for networks whose work lies
+    in dense convolutions; attention and grouped convolutions are slower in it there (docs/performance.md). The model
+    and the device alone decide, no clock, so that a run can be repeated bit for bit.
+    """
+    if asked != "auto":
+        return asked
+    if images.is_cuda:
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    fast = images.device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
+    return "bf16" if fast and _is_dense_convolutional(model, images[:1]) else "fp32"
+
+
+@torch.no_grad()
+def _is_dense_convolutional(model: nn.Module, image: Tensor) -> bool:
+    """Return whether nearly all multiplications of `model` are those of convolutions that are not grouped."""
+    if any(getattr(module, "groups", 1) != 1 for module in model.modules()):
+        return False
+    counter = FlopCounterMode(display=False)
+    with counter, evaluating(model):
+        model(image.detach())
+    counts = counter.get_flop_counts().get("Global", {})
+    convolved = sum(count for kind, count in counts.items() if "convolution" in str(kind))
+    return convolved > 0.9 * sum(counts.values())
 
 
 def check_float32(model: nn.Module) -> None:
@@ -424,7 +471,7 @@ class Parts:
         """Return the logits of `model`, in eval mode, on images of its device."""
         while True:
             try:
-                return torch.cat([logits_of(model(images[rows])) for rows in self.of(len(images))])
+                return torch.cat([answer(model, images[rows]) for rows in self.of(len(images))])
             except RuntimeError as error:
                 self._halve(len(images), error)
             clear_device_cache(garbage_collection=True)

@@ -67,6 +67,7 @@ def _draw(subject: Subject, starts: Tensor, labels: Tensor, context: Context) ->
             lambda logits, targets, _: F.cross_entropy(logits, targets),
             lr=RATE,
             steps=STEPS,
+            precision="fp32",
             meter=meter,
         )
 

@@ -453,6 +453,7 @@ class _Calibrated:
             held_out,
             per_class=max(2, plan.evidence // len(split.forget_classes)),
             seed=seed + 1,
+            precision=config.impair.precision,
             journal=journal,
         )
         self.trials: list[dict[str, Any]] = []
@@ -610,7 +611,7 @@ def _impressions(
 ) -> Impressions:
     """Learn the impressions to train on: few enough of each class that all together are as many as asked for."""
     count = max(1, config.impressions // len(split.forget_classes))
-    made = learn_impressions(model, split, count, seed=seed, journal=journal)
+    made = learn_impressions(model, split, count, seed=seed, precision=config.impair.precision, journal=journal)
     if journal is not None:
         rows = _handful(made.labels)
         few = (part[rows].clone() for part in (made.images, made.labels, made.starts, made.start_labels))
@@ -699,6 +700,7 @@ def _learn_noise(
                 ),
                 lr=config.noise_lr,
                 steps=config.noise_steps,
+                precision=config.impair.precision,
                 meter=meter,
             )
             learned.append(images)

@@ -408,7 +408,14 @@ def learn_noises(
             start = torch.randn((len(labels), *shape), generator=generator)
             images = [
                 descend(
-                    frozen, images, wanted_labels, objective, lr=config.noise_lr, steps=config.noise_steps, meter=meter
+                    frozen,
+                    images,
+                    wanted_labels,
+                    objective,
+                    lr=config.noise_lr,
+                    steps=config.noise_steps,
+                    precision="auto",
+                    meter=meter,
                 )
                 for images, wanted_labels in zip(
                     torch.split(start, NOISE_BATCH), torch.split(labels, NOISE_BATCH), strict=True

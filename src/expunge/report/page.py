@@ -207,6 +207,9 @@ def _cost(cost: Part, environment: Part) -> dict[str, Any]:
     if phases:
         steps, images = (told(cost.get(key), "count") for key in ("steps", "samples"))
         lines.append(f"Forgetting took {seconds(cost.get('seconds'))}, {steps} optimizer steps on {images} images.")
+        mixed = [name for name, one in cost["phases"].items() if one.get("precision") == "bf16"]
+        if mixed:
+            lines.append(f"Sums in bf16, weights in fp32: {', '.join(mixed)}.")
     if cost.get("evaluation_seconds"):
         lines.append(f"Measuring took {seconds(cost['evaluation_seconds'])}.")
     if environment.get("device"):
