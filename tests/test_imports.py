@@ -15,7 +15,7 @@ PACKAGE = Path(expunge.__file__).parent
 LAYERS = (
     {"errors"},
     {"schema"},
-    {"journal", "config", "files", "data", "processes", "convolutions"},
+    {"journal", "config", "files", "data", "processes", "convolutions", "memory"},
     {"report", "ledger", "signing"},
     {"training"},
     {"metrics", "models", "weights", "signals", "pictures"},
