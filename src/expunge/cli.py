@@ -90,6 +90,13 @@ Memory = Annotated[
         rich_help_panel="Data",
     ),
 ]
+Fsdp = Annotated[
+    bool,
+    typer.Option(
+        "--fsdp",
+        help="Several processes: each holds a share of weights, gradients and optimizer state while training.",
+    ),
+]
 SPEC_HELP = "torchvision:NAME, timm:NAME, hf:NAME, allcnn, or path/to/file.py:function; arguments as ?key=value&..."
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of all randomness.")]
 Device = Annotated[
@@ -162,6 +169,15 @@ def train(
         bool | None,
         typer.Option(help="Mirror and shift images; by default for all but digits.", rich_help_panel="Recipe"),
     ] = None,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--gradient-checkpointing",
+            help="Compute activations anew in the backward pass: less memory, more time, the same weights.",
+            rich_help_panel="Recipe",
+        ),
+    ] = False,
+    fsdp: Fsdp = False,
     label_column: LabelColumn = None,
     image_column: ImageColumn = None,
     class_names: ClassNames = None,
@@ -179,6 +195,7 @@ def train(
 
     Interrupted, it goes on after the last finished epoch when the same command is run again.
     """
+    _shard(fsdp)
     with _user_errors("run the same command again to go on after the last finished epoch", together=True):
         from dataclasses import replace
 
@@ -192,7 +209,13 @@ def train(
                 options,
                 model,
                 out,
-                config=replace(TRAIN_DEFAULT, epochs=epochs, lr=lr, batch_size=batch_size),
+                config=replace(
+                    TRAIN_DEFAULT,
+                    epochs=epochs,
+                    lr=lr,
+                    batch_size=batch_size,
+                    gradient_checkpointing=gradient_checkpointing,
+                ),
                 leave_out=_list(without),
                 per_class=per_class,
                 augment=augment,
@@ -282,6 +305,7 @@ def forget(
     include_images: IncludeImages = False,
     seed: Seed = 0,
     device: Device = None,
+    fsdp: Fsdp = False,
     as_json: RecordOut = False,
     quiet: Quiet = False,
 ) -> None:
@@ -290,6 +314,7 @@ def forget(
     The method never reads an image of a class to forget: it learns noise from the model itself, impairs the model with
     it, and repairs it with a retained sample. Held-out images in --data are read afterwards, to measure.
     """
+    _shard(fsdp)
     with _user_errors("nothing was written", together=True):
         from expunge.commands import RetainOptions, forget_command
 
@@ -948,6 +973,11 @@ def _size(text: str | None) -> tuple[int, int] | None:
     if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise InputError(f"expected --size N or HxW in pixels, got {text!r}")
     return int(parts[0]), int(parts[-1])
+
+
+def _shard(fsdp: bool) -> None:
+    if fsdp:
+        os.environ["EXPUNGE_FSDP"] = "1"  # as the launchers' own settings: before processes are joined
 
 
 def _bytes(text: str | None) -> int | None:
