@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 from torch.utils.data import Subset
-from torch.utils.flop_counter import FlopCounterMode
 
 from expunge.audits import features_of, linear_probe, nearest_class_mean, relearn_steps
+from expunge.bench.cost import FlopCount
 from expunge.commands import TRAIN_DEFAULT, train_command
 from expunge.config import as_json
 from expunge.data import ImageTable, draw, stage, without
@@ -190,8 +190,7 @@ def erase(
         forgotten_before=before,
     )
     journal = Journal()
-    counter = FlopCounterMode(display=False)
-    with counter:
+    with FlopCount() as counter:
         unlearned = unsir(model, split.zero_glance(), PRESETS["unsir"][preset](), seed=seed, journal=journal)
     record = evaluate(
         model,
@@ -209,7 +208,7 @@ def erase(
         "calibration": record.calibration,
         "cost": dict(record.cost),
         "forgotten_before_accuracy": [per_class[original.class_names[label]] for label in before],
-        "flops_share": counter.get_total_flops() / training_flops(original, len(train_set)),
+        "flops_share": counter.total / training_flops(original, len(train_set)),
         "inside": {},
     }
     probe = stage(draw(train_set, per_class=300, seed=1), preprocessing).dataset
@@ -242,12 +241,11 @@ def joined(whole: ImageTable, *parts: ImageTable) -> ImageTable:
 def training_flops(workspace: Workspace, images: int) -> float:
     """Return the FLOPs of a 40-epoch training of the original, counted on one step."""
     batch = stage(draw(workspace.source.train, per_class=2, seed=0), workspace.preprocessing).dataset
-    counter = FlopCounterMode(display=False)
     model = copy.deepcopy(workspace.model)
-    with counter:
+    with FlopCount() as counter:
         train(model, batch, replace(TRAIN_DEFAULT, epochs=1, steps=1), seed=0, preprocessing=workspace.preprocessing)
     shown = 2 * len(workspace.class_names)
-    return float(counter.get_total_flops() / shown * 40 * images)
+    return float(counter.total / shown * 40 * images)
 
 
 def row(name: str, preset: str, cells: Sequence[dict[str, Any]]) -> str:

@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from expunge import signals
 from expunge.data import TensorImages, draw, resolve_classes, stage, without
-from expunge.journal import Journal, Meter
+from expunge.journal import Journal, Meter, Part
 from expunge.memory import kept_bytes
 from expunge.methods.unsir import UnsirConfig, impair, learn_noise, repair
 from expunge.models import build_model, parse_model
@@ -151,10 +151,10 @@ class Measuring(Journal):
         self.costs: list[Cost] = []
 
     @contextmanager
-    def phase(self, name: str, *, steps: int | None) -> Iterator[Meter]:
+    def phase(self, name: str, *, steps: int | None, part: Part | None = None) -> Iterator[Meter]:
         reset_peak(self.device)
         wall, busy = time.perf_counter(), time.process_time()
-        with super().phase(name, steps=steps) as meter:
+        with super().phase(name, steps=steps, part=part) as meter:
             yield meter
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)

@@ -208,13 +208,13 @@ def work(options: argparse.Namespace) -> None:
 def ours(preset: str, labels: str, options: argparse.Namespace, clock: Clock) -> Result:
     """Do what `expunge forget` does."""
     from expunge.commands import RetainOptions, forget_command
-    from expunge.journal import Journal, Meter
+    from expunge.journal import Journal, Meter, Part
     from expunge.workspace import DataOptions
 
     class Timed(Journal):
         @contextmanager
-        def phase(self, name: str, *, steps: int | None) -> Iterator[Meter]:
-            with clock.phase(name), super().phase(name, steps=steps) as meter:
+        def phase(self, name: str, *, steps: int | None, part: Part | None = None) -> Iterator[Meter]:
+            with clock.phase(name), super().phase(name, steps=steps, part=part) as meter:
                 yield meter
 
     folder = options.out / "result"

@@ -75,7 +75,7 @@ def make_tiny() -> Tiny:
     images = stage(source.train, preprocessing).dataset
     torch.manual_seed(0)
     model = TinyNet()
-    config = TrainConfig(epochs=12, lr=0.01, batch_size=64, schedule="one_cycle")
+    config = TrainConfig(epochs=12, lr=0.01, batch_size=64, schedule="one_cycle", precision="fp32")
     train(model, images, config, seed=0, preprocessing=preprocessing)
     retain = stage(draw(without(source.train, (3,)), per_class=100, seed=0), preprocessing).dataset
     split = Split(

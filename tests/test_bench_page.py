@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from expunge import cli
 from expunge.errors import InputError
 from expunge.report import bench_html, check_bench
-from test_report_browser import MISSING, WIDTHS, browser, look, open_all
+from test_report_browser import BROKEN, MISSING, WIDTHS, browser, look, open_all
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -182,3 +182,30 @@ def test_without_a_script_it_is_a_table(browser: Browser, page_file: Path) -> No
     assert page.locator("table.cells tbody tr:visible").count() == 72
     assert page.locator("form.filters").is_hidden()
     context.close()
+
+
+@in_browser
+def test_no_word_is_broken_on_a_phone(browser: Browser, page_file: Path) -> None:
+    page = look(browser, page_file, 390).page
+    assert page.locator("th:visible").evaluate_all(BROKEN) == []
+    page.context.close()
+
+
+@in_browser
+def test_several_hundred_cells_stay_quick(browser: Browser, tmp_path: Path) -> None:
+    record = stored()
+    record["table"]["rows"] *= 12
+    path = tmp_path / "page.html"
+    path.write_text(bench_html(record), encoding="utf-8")
+    page = look(browser, path).page
+    timed = """([selector, act]) => {
+        const started = performance.now();
+        const one = document.querySelector(selector);
+        act === 'click' ? one.click() : (one.value = act, one.dispatchEvent(new Event('input', {bubbles: true})));
+        document.body.offsetHeight;
+        return performance.now() - started;
+    }"""
+    assert page.evaluate(timed, ["table.cells thead button", "click"]) < 5000  # 500 on a busy machine
+    assert page.evaluate(timed, ["form.filters select", "unsir"]) < 5000
+    assert page.locator(".count").text_content() == "216 of 864 cells"
+    page.context.close()

@@ -18,9 +18,10 @@ from typer.testing import CliRunner, Result
 
 from conftest import Tiny
 from expunge import cli, commands
-from expunge.bench.cells import Cell, Original, classes_name, model_name, slug
-from expunge.bench.command import Line, bench_command, plan
+from expunge.bench.cells import classes_name, model_name, slug
+from expunge.bench.command import bench_command, plan
 from expunge.bench.cost import FlopCount, measured, samples_of
+from expunge.bench.standing import Standing
 from expunge.bench.suites import CONTROLS, SUITES, Request, suite_cells
 from expunge.bench.tuning import drawn_settings, score, tune
 from expunge.config import override
@@ -312,15 +313,13 @@ def test_one_line_for_a_mistake(tmp_path: Path, words: list[str], message: str) 
 
 
 def test_time_left_is_told(tmp_path: Path) -> None:
-    lines: list[Line] = []
-    request = Request(methods=("none",), seeds=1, classes=(("3",),), trials=1)
-    base = suite_cells("quick", request)[0]
-    assert isinstance(base, Cell)
     cells = tiny_cells(tmp_path, methods=("none",))
-    assert isinstance(cells[0].original, Original)
-    from expunge.bench.command import Pace
-
-    pace = Pace(cells, 2, lines.append)
-    for cell in cells:
-        pace(cell, {"item": {"seconds": 4.0}})
-    assert [line.seconds_left for line in lines] == [2.0, 0.0]
+    standing = Standing(cells, tmp_path, 2)
+    record = {"item": {"seconds": 4.0, "status": "done"}}
+    lines = [standing.finish(item, record) for item in standing.items]
+    assert [line.seconds_left for line in lines] == [8.0, 6.0, 4.0, 2.0, 0.0]
+    assert [line.about for line in lines[:3]] == [
+        "models, seed 0",
+        "models, without 3, seed 0",
+        "none, default, 3, seed 0",
+    ]

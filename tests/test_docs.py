@@ -57,3 +57,11 @@ def test_links_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
         if not target.startswith("http"):
             assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_every_browser_test_is_listed() -> None:
+    told = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
+    for name in ("test_report_browser.py", "test_bench_page.py"):
+        source = (ROOT / "tests" / name).read_text(encoding="utf-8")
+        for test in re.findall(r"^def (test_\w+)\(\s*browser: Browser", source, re.MULTILINE):
+            assert f"`{test}`" in told, f"{test} of {name} is not in docs/report.md"

@@ -25,6 +25,7 @@ LAYERS = (
     {"evaluation"},
     {"commands"},
     {"verify", "bench"},
+    {"terminal", "options"},
     {"cli"},
 )
 LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}

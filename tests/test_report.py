@@ -16,7 +16,6 @@ import torch
 from huggingface_hub import ModelCard
 
 from conftest import Tiny
-from expunge import cli
 from expunge.audits import AUDITS
 from expunge.audits.check import LAYERS
 from expunge.config import as_json
@@ -136,8 +135,7 @@ def test_the_first_screen_of_an_erasure_says_what_it_does_not_know() -> None:
     assert "no Gone by signals" in changed
 
 
-def test_every_layer_has_the_title_of_the_command() -> None:
-    assert REPORT_LAYERS == cli.LAYERS
+def test_every_layer_has_a_title() -> None:
     assert tuple(REPORT_LAYERS) == LAYERS
 
 

@@ -286,3 +286,25 @@ def test_the_policy_stops_what_would_load(browser: Browser, pages: dict[str, Pat
     assert seen.page.title() != "1"
     assert len(seen.complaints) >= 2  # the browser says that it refused
     seen.page.context.close()
+
+
+BROKEN = """heads => heads.filter(head => {
+    const range = document.createRange();
+    const walker = document.createTreeWalker(head, NodeFilter.SHOW_TEXT);
+    while (walker.nextNode()) {
+        for (const word of walker.currentNode.data.matchAll(/\\S+/g)) {
+            range.setStart(walker.currentNode, word.index);
+            range.setEnd(walker.currentNode, word.index + word[0].length);
+            if (new Set([...range.getClientRects()].map(box => Math.round(box.top))).size > 1) return true;
+        }
+    }
+}).map(head => head.textContent)"""
+"""Those of some elements in which a word goes over two lines."""
+
+
+@pytest.mark.parametrize("name", ["demo", "audit"])
+def test_no_word_is_broken_on_a_phone(browser: Browser, pages: dict[str, Path], name: str) -> None:
+    page = look(browser, pages[name], 390).page
+    open_all(page)
+    assert page.locator("thead th:visible").evaluate_all(BROKEN) == []
+    page.context.close()

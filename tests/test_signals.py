@@ -329,7 +329,7 @@ def test_the_journal_shows_signals_beside_the_phase() -> None:
     with journal.phase("repair", steps=1):
         pass
     assert journal.signals == [signals, signals]
-    assert journal.phases[0].signals == "still called: retained 67%, noise 0%; retained 25.0%"
+    assert journal.phases[0].signals == "impressions still called: retained 67%, noise 0%; accuracy 25.0%"
     assert journal.phases[1].signals == ""
 
 

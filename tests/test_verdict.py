@@ -128,7 +128,7 @@ def test_a_model_like_the_retrained_one_passes_everything() -> None:
     assert json.loads(json.dumps(told)) == told
     evidence = " ".join(told[INSIDE]["evidence"])
     assert (
-        "linear_probe (head input): unlearned 54.0 % [51.0, 57.0], retrained 52.0 % [49.0, 55.0], original 80.0 % "
+        "linear probe (head input): unlearned 54.0 % [51.0, 57.0], retrained 52.0 % [49.0, 55.0], original 80.0 % "
         "[77.0, 83.0]: a gap of +2.0 points [-1.0, +5.0], within 5.0 points"
     ) in evidence
     assert "inversion (called by the original): unlearned 90.0 %" in evidence  # told, and decides nothing
@@ -392,7 +392,7 @@ def test_without_a_retrained_model_the_first_line_says_so() -> None:
     )
     assert answers(told) == expected() | dict.fromkeys(COMPARED, "unknown")
     assert told[INSIDE]["evidence"][0] == "Without a retrained model it is not known what such a model gives here"
-    assert "linear_probe (head input): unlearned 54.0 % [51.0, 57.0], original" in " ".join(told[INSIDE]["evidence"])
+    assert "linear probe (head input): unlearned 54.0 % [51.0, 57.0], original" in " ".join(told[INSIDE]["evidence"])
 
 
 def test_a_probe_like_the_originals_is_no_proof_without_a_retrained_model() -> None:

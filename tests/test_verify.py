@@ -23,7 +23,8 @@ from expunge.files import json_text
 from expunge.models import AllCNN
 from expunge.provenance import SAMPLE, SampleHashes, seal, tensors_digest, weights_digests
 from expunge.schema import Preprocessing, Record
-from expunge.verify import Elsewhere, Finding, relative_distance
+from expunge.verify import Elsewhere, Finding, again, place
+from expunge.verify.again import relative_distance
 from expunge.workspace import DataOptions
 from test_cli import SETTINGS, Trained, invoke, record_of, refuse, trained, write_digits
 
@@ -183,6 +184,32 @@ def test_an_audit_is_verified_and_measured_again(erased: Erased, tmp_path: Path)
         erased.check(out, replay=True)
     edit(out, lambda record: record["audits"]["prototype"]["figures"].clear(), hash_anew=True)
     assert "measured again, other than recorded: audits.prototype" in erased.wrong(out, audit=True)[0]
+
+
+def test_a_record_of_older_code_is_held_to_what_it_has(erased: Erased, tmp_path: Path) -> None:
+    def older(record: dict[str, Any]) -> None:
+        record["provenance"]["code"]["source"] = "0" * 64
+        for side in ("before", "after", "retrained"):
+            record["metrics"].get(side, {}).pop("confusion", None)
+
+    edit(erased.first, older, hash_anew=True)
+    (found,) = erased.check(erased.first, audit=True)["measures"]
+    assert found.ok
+    told = "the record lacks what is measured by now: metrics.after.confusion, metrics.before.confusion, "
+    assert told + "metrics.retrained.confusion" in found.sentence
+    edit(erased.first, lambda record: record["metrics"]["after"].update(retain_accuracy=0.9), hash_anew=True)
+    (found,) = erased.check(erased.first, audit=True)["measures"]
+    assert found.ok is False
+    assert "other than recorded: metrics.after.retain_accuracy; the record lacks" in found.sentence
+
+    out, unlearned, options = tmp_path / "audit", erased.second / "unlearned.safetensors", DataOptions(spec="digits")
+    audits = ["prototype", "head_only"]
+    audit_command(options, erased.trained.model, erased.trained.weights, unlearned, out, audits=audits, device="cpu")
+    edit(out, lambda record: record["audits"].pop("head_only"), hash_anew=True)
+    edit(out, older, hash_anew=True)
+    edit(out, lambda record: record["verdict"].update(first_line="Said otherwise."), hash_anew=True)
+    (found,) = erased.check(out, audit=True)["measures"]
+    assert found.ok, found
 
 
 # Tampering, each kind caught and named
@@ -378,8 +405,8 @@ def test_elsewhere_a_replay_may_be_a_little_off_and_says_what_differs(
             next(done.unlearned.parameters()).mul_(factor)
         return done
 
-    monkeypatch.setattr(verify, "environment", other)
-    monkeypatch.setattr(verify, "erase", nudged)
+    monkeypatch.setattr(again, "environment", other)
+    monkeypatch.setattr(again, "erase", nudged)
     factor = 1.0001
     (found,) = erased.check(erased.first, replay=True)["replay"]
     assert found.ok
@@ -388,7 +415,7 @@ def test_elsewhere_a_replay_may_be_a_little_off_and_says_what_differs(
     factor = 9.0
     (found,) = erased.check(erased.first, replay=True)["replay"]
     assert found.ok is False
-    monkeypatch.setattr(verify, "environment", real)
+    monkeypatch.setattr(again, "environment", real)
     factor = 1.0001
     (found,) = erased.check(erased.first, replay=True)["replay"]
     assert found.ok is False
@@ -397,7 +424,7 @@ def test_elsewhere_a_replay_may_be_a_little_off_and_says_what_differs(
 
 def test_other_code_is_said(erased: Erased, monkeypatch: pytest.MonkeyPatch) -> None:
     here = provenance.code_digests()
-    monkeypatch.setattr(verify, "code_digests", lambda: here | {"source": "0" * 64})
+    monkeypatch.setattr(place, "code_digests", lambda: here | {"source": "0" * 64})
     (found,) = erased.check(erased.first)["code"]
     assert (found.ok, "made by other code" in found.sentence) == (None, True)
 

@@ -20,7 +20,7 @@ from expunge.audits import AUDITS, Audit, Subject
 from expunge.audits.check import LAYERS, Check
 from expunge.audits.ensembles import judge_ensembles, train_ensembles
 from expunge.audits.runner import as_figure
-from expunge.config import as_json, override
+from expunge.config import as_json, override, precision_settings
 from expunge.data import (
     ImageTable,
     TensorImages,
@@ -58,7 +58,7 @@ from expunge.provenance import (
 )
 from expunge.report import html_writer
 from expunge.report.rerun import rerun
-from expunge.schema import IMAGES, Phase, Preprocessing, Record, Split, TrainConfig
+from expunge.schema import IMAGES, Phase, Precision, Preprocessing, Record, Split, TrainConfig
 from expunge.signing import SIGNATURE, check_private, sign_folder
 from expunge.training import predict, train
 from expunge.verdict import verdict
@@ -204,6 +204,7 @@ def forget_command(
     method: str = "unsir",
     preset: str = "default",
     settings: Sequence[str] = (),
+    precision: Precision = "auto",
     retrained: Path | None = None,
     seed: int = 0,
     device: str | None = None,
@@ -219,6 +220,7 @@ def forget_command(
         model: the model string; None: as the weights say.
         classes: names or indices to forget.
         settings: `name=value` changes of the preset's configuration.
+        precision: of every training in it, where it is not "auto".
         retrained: weights of the same model trained without the classes, to compare with.
         keep: the ledger to enter the erasure in, the key to sign it with, and whether to keep pictures; None: neither.
 
@@ -228,6 +230,11 @@ def forget_command(
     journal = journal or Journal()
     retain = retain or RetainOptions()
     keep = keep or RecordOptions()
+    if precision != "auto":
+        changes = precision_settings(as_json(_preset(method, preset)), precision)
+        if not changes:
+            raise InputError(f"{method} trains nothing that could be done in {precision}: leave --precision out")
+        settings = [*settings, *changes]
     for name in ("record.json", "report.html", SAMPLE, IMAGES) if ranks().first else ():
         check_writable(out / name)
     signer = keep.signer() if ranks().first else None
@@ -721,7 +728,9 @@ AUDIT_BYTES = 2**30  # or so many as take this much memory: audits read them man
 def _audit_split(workspace: Workspace, data: DataOptions, training_data: bool, journal: Journal) -> tuple[Split, int]:
     """Return the split that audits read, all of it in memory, and how many images could not be decoded."""
     size = workspace.preprocessing.channels * workspace.preprocessing.size[0] * workspace.preprocessing.size[1]
-    most = max(1, min(AUDIT_IMAGES, AUDIT_BYTES // size) // len(workspace.class_names))
+    held = data.memory or AUDIT_BYTES
+    most = max(1, min(AUDIT_IMAGES, held // size) // len(workspace.class_names))
+    held = max(held, most * len(workspace.class_names) * size)  # one of each class, whatever it takes
     trained_on = (workspace.metadata.training or {}).get("train_samples")
     per_class = most
     if training_data and trained_on and trained_on < len(workspace.source.train):  # trained with --per-class
@@ -739,15 +748,15 @@ def _audit_split(workspace: Workspace, data: DataOptions, training_data: bool, j
                 without(known, {*forget, *before}),
                 workspace.preprocessing,
                 skip_bad=data.skip_bad,
-                held=AUDIT_BYTES,
+                held=held,
             ),
             "forget": stage(
                 without(known, set(range(len(workspace.class_names))) - forget),
                 workspace.preprocessing,
                 skip_bad=data.skip_bad,
-                held=AUDIT_BYTES,
+                held=held,
             ),
-            "test": stage(held_out, workspace.preprocessing, skip_bad=data.skip_bad, shuffle=False, held=AUDIT_BYTES),
+            "test": stage(held_out, workspace.preprocessing, skip_bad=data.skip_bad, shuffle=False, held=held),
         }
     parts = {name: one.dataset for name, one in staged.items()}
     split = Split(

@@ -27,6 +27,12 @@ def override(config: Config, assignments: Sequence[str]) -> Config:
     return config
 
 
+def precision_settings(config: Mapping[str, Any], precision: str) -> list[str]:
+    """Return the `name=value` changes by which every training of `config` (as JSON) is done in `precision`."""
+    trainings = [name for name, part in config.items() if isinstance(part, Mapping) and "precision" in part]
+    return [f"{name}.precision={precision}" for name in trainings]
+
+
 def as_json(config: Any) -> Any:
     """Return a configuration as what JSON can hold: dataclasses as objects, sets as sorted lists."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):

@@ -7,12 +7,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from expunge.schema import CalibrationReport, LearnedImages, Phase, Precision, Signals
-
-if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
 
 
 @dataclass
@@ -23,13 +20,13 @@ class Meter:
     samples: int = 0
     labels: Counter[int] = field(default_factory=Counter)
     note: str = ""  # what does not go as usual; a later one takes its place
+    told: str = ""  # signals that were read last, in words
     precision: Precision = "fp32"
     _loss_sum: float = 0.0
     _loss_steps: int = 0
     _correct: int = 0
     _seen: int = 0
-    _told: str = ""
-    _show: tuple[Progress, TaskID] | None = None
+    _show: Callable[[Meter], None] | None = None
 
     def start_epoch(self) -> None:
         """Forget the running means: what is shown and kept is of the current epoch."""
@@ -46,8 +43,7 @@ class Meter:
             self._correct += correct
             self._seen += samples
         if self._show is not None:
-            progress, task = self._show
-            progress.update(task, advance=1, state=self.state())
+            self._show(self)
 
     def read(self, labels: Mapping[int, int]) -> None:
         """Count real samples that were read, by label."""
@@ -62,31 +58,54 @@ class Meter:
         parts = [f"loss {self.loss:.3f}"] if self.loss is not None else []
         if self._seen:
             parts.append(f"accuracy {self._correct / self._seen:.1%}")
-        return "  ".join([*parts, self._told] if self._told else parts)
+        return "  ".join(parts)
 
-    def tell(self, words: str) -> None:
-        """Show `words` beside the running means from now on."""
-        self._told = words
+
+@dataclass(frozen=True)
+class Part:
+    """A phase's place among others."""
+
+    of: str  # what those after each other are together
+    number: int  # among all, the first being 1
+    total: int
+
+
+class Display(Protocol):
+    """What shows a run while it goes on; see terminal/progress.py."""
+
+    def begin(self, meter: Meter, name: str, steps: int | None, part: Part | None) -> None:
+        """Show a phase that begins: its expected length, and what it is a part of, where that is known."""
+
+    def step(self, meter: Meter) -> None:
+        """Show what a phase has come to."""
+
+    def end(self, meter: Meter, phase: Phase | None) -> None:
+        """Show a phase that ended; None: it raised."""
+
+    def signals(self, words: str) -> None:
+        """Show signals that were read, in a phase or after one."""
 
 
 class Journal:
-    """Collects the phases of one run; shows them on a rich progress display, or reports each, where asked to."""
+    """Collects the phases of one run, and shows them where there is a display."""
 
-    def __init__(self, progress: Progress | None = None, report: Callable[[Phase], None] | None = None) -> None:
+    def __init__(self, display: Display | None = None) -> None:
         self.phases: list[Phase] = []
         self.signals: list[Signals] = []
         self.calibration: CalibrationReport | None = None
         self.learned: list[LearnedImages] = []
         self._meter: Meter | None = None
-        self._progress = progress
-        self._report = report
+        self._display = display
 
     def signal(self, signals: Signals) -> None:
-        """Keep signals that were read, and show them beside the phase that runs."""
+        """Keep signals that were read, and show them."""
         self.signals.append(signals)
+        called = ", ".join(f"{kind} {share:.0%}" for kind, share in signals.impressions_called.items())
+        words = f"impressions still called: {called}; accuracy {signals.retain_accuracy:.1%}"
         if self._meter is not None:
-            called = ", ".join(f"{kind} {share:.0%}" for kind, share in signals.impressions_called.items())
-            self._meter.tell(f"still called: {called}; retained {signals.retain_accuracy:.1%}")
+            self._meter.told = words
+        if self._display is not None:
+            self._display.signals(words)
 
     @property
     def notes(self) -> list[str]:
@@ -94,31 +113,39 @@ class Journal:
         return list(dict.fromkeys(f"{phase.name}: {phase.note}" for phase in self.phases if phase.note))
 
     @contextmanager
-    def phase(self, name: str, *, steps: int | None) -> Iterator[Meter]:
-        """Measure one phase; `steps` is its expected length. A phase that raises is not kept."""
+    def phase(self, name: str, *, steps: int | None, part: Part | None = None) -> Iterator[Meter]:
+        """Measure one phase; a phase that raises is not kept.
+
+        Args:
+            steps: its expected length; None: not known.
+            part: what it is a part of; only shown.
+        """
         meter = Meter()
-        if self._progress is not None:
-            meter._show = (self._progress, self._progress.add_task(name, total=steps, state=""))
+        if self._display is not None:
+            meter._show = self._display.step
+            self._display.begin(meter, name, steps, part)
         start = time.perf_counter()
         outer, self._meter = self._meter, meter
+        phase: Phase | None = None
         try:
             yield meter
+            phase = _finished(name, time.perf_counter() - start, meter)
+            self.phases.append(phase)
         finally:
             self._meter = outer
-        phase = Phase(
-            name=name,
-            seconds=time.perf_counter() - start,
-            steps=meter.steps,
-            samples=meter.samples,
-            label_counts=dict(sorted(meter.labels.items())),
-            final_loss=meter.loss,
-            signals=meter._told,
-            note=meter.note,
-            precision=meter.precision,
-        )
-        self.phases.append(phase)
-        if meter._show is not None:
-            progress, task = meter._show
-            progress.update(task, total=meter.steps or 1, completed=meter.steps or 1)
-        if self._report is not None:
-            self._report(phase)
+            if self._display is not None:
+                self._display.end(meter, phase)
+
+
+def _finished(name: str, seconds: float, meter: Meter) -> Phase:
+    return Phase(
+        name=name,
+        seconds=seconds,
+        steps=meter.steps,
+        samples=meter.samples,
+        label_counts=dict(sorted(meter.labels.items())),
+        final_loss=meter.loss,
+        signals=meter.told,
+        note=meter.note,
+        precision=meter.precision,
+    )

@@ -1,6 +1,6 @@
 """What ties a record to what it tells of: SHA-256 of weights, code, configuration, retain sample, and of itself.
 
-Every hash is written as 64 hexadecimal digits. What `expunge verify` makes of them is in verify.py; what they do not
+Every hash is written as 64 hexadecimal digits. What `expunge verify` makes of them is in verify/; what they do not
 say is in docs/record.md.
 """
 

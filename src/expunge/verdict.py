@@ -301,7 +301,7 @@ class _Judge:
             role: any(details.get(role, {}).get("censored", {}).get(name, ())) for role in ("unlearned", "retrained")
         }
         shown = {
-            role: f"{'more than ' if cut.get(role) else ''}{figure[role]['value']:g}"
+            role: f"{'more than ' if cut.get(role) else ''}{figure[role]['value']:.3g}"
             for role in ("unlearned", *(("retrained",) if self.compared else ()), "original")
             if role in figure
         }
@@ -432,9 +432,11 @@ def _judged(told: str, gap: Mapping[str, Any], tolerance: Tolerance, *, comparis
         if _excludes_zero(gap, comparisons):
             return Finding("no", f"{told}, more than the {_points(tolerance.gap)} that do not matter")
         return Finding("unknown", f"{told}, which may be chance")
-    if farthest > tolerance.reach:
-        return Finding("unknown", f"{told}, within {_points(tolerance.gap)}, but not known well enough")
-    return Finding("yes", f"{told}, within {_points(tolerance.gap)}")
+    harmless = f"not {tolerance.wrong} by more than" if abs(value) > tolerance.gap else "within"
+    told = f"{told}, {harmless} {_points(tolerance.gap)}"
+    return (
+        Finding("unknown", f"{told}, but not known well enough") if farthest > tolerance.reach else Finding("yes", told)
+    )
 
 
 def _excludes_zero(gap: Mapping[str, Any], comparisons: int) -> bool:
@@ -457,7 +459,7 @@ def _figure_told(audit: str, name: str, figure: Mapping[str, Any], *, reference:
         for role in roles
         if role in figure
     ]
-    return f"{audit} ({name}): {', '.join(shown)}"
+    return f"{audit.replace('_', ' ')} ({name}): {', '.join(shown)}"
 
 
 def _with_bounds(value: float, low: float | None, high: float | None) -> str:

@@ -51,11 +51,12 @@ def _after_each_block(hits: Hits, subject: Subject, data: AuditData, context: Co
     held_out = data.part("test", forget=True, most=HELD_OUT, seed=context.seed)
     known = subject.blocks(training_sample(data, seed=context.seed))
     asked = subject.blocks(held_out)
+    blocks = {name if name == HEAD_INPUT else f"after {name}": name for name in known}  # in the order they run
     figures = {
-        name if name == HEAD_INPUT else f"after {name}": of_values(hits(known[name], asked[name], data.forget_classes))
-        for name in (HEAD_INPUT, *(block for block in known if block != HEAD_INPUT))
+        told: of_values(hits(known[name], asked[name], data.forget_classes))
+        for told, name in ({HEAD_INPUT: HEAD_INPUT} | blocks).items()
     }
-    return Found(figures, {"training_images": len(known[HEAD_INPUT].labels)})
+    return Found(figures, {"training_images": len(known[HEAD_INPUT].labels), "blocks": list(blocks)})
 
 
 LINEAR_PROBE = Audit(

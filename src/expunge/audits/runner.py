@@ -10,7 +10,7 @@ from typing import Any
 
 from expunge.audits.core import Audit, AuditData, Context, Found, Need, Subject
 from expunge.errors import InputError
-from expunge.journal import Journal
+from expunge.journal import Journal, Part
 from expunge.metrics.uncertainty import Interval, Measurement, differs, gap_interval
 
 MISSING: Mapping[Need, str] = {
@@ -51,11 +51,21 @@ def run_audits(
     )
     have = {need: data.has(need) for need in MISSING if " " in need}
     have |= {"retrained": bool(retrained), "ensemble": False}
-    return {audit.name: _run(audit, subjects, data, context, have) for audit in audits}
+    return {
+        audit.name: _run(audit, subjects, data, context, have, before=number, num_audits=len(audits))
+        for number, audit in enumerate(audits)
+    }
 
 
 def _run(
-    audit: Audit, subjects: Sequence[Subject], data: AuditData, context: Context, have: Mapping[Need, bool]
+    audit: Audit,
+    subjects: Sequence[Subject],
+    data: AuditData,
+    context: Context,
+    have: Mapping[Need, bool],
+    *,
+    before: int,
+    num_audits: int,
 ) -> dict[str, Any]:
     told: dict[str, Any] = {
         "says": audit.says,
@@ -73,9 +83,10 @@ def _run(
         return told | {"skipped": f"needs {' and '.join(missing)}, not given"}
     started = time.perf_counter()
     found: dict[str, Found] = {}
-    for subject in subjects:
+    for number, subject in enumerate(subjects, 1):
+        part = Part(audit.name, before * len(subjects) + number, num_audits * len(subjects))
         try:
-            with context.journal.phase(f"{audit.name} {subject.role}", steps=None):
+            with context.journal.phase(f"{audit.name} {subject.role}", steps=None, part=part):
                 found[subject.role] = audit.run(subject, data, replace(context, journal=Journal()))
         except InputError as error:
             return told | {"skipped": f"cannot run on the {subject.role} model: {error}"}

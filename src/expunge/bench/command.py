@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-from expunge.bench.cells import Cell, Item, Tuning, folder_of, with_needs
+from expunge.bench.cells import Cell, folder_of, with_needs
 from expunge.bench.overview import bench_record
 from expunge.bench.plots import cost_against_quality, forget_against_retain, growth
 from expunge.bench.records import status_of
 from expunge.bench.runner import Result, run_cells, submit_cells
 from expunge.bench.scaling import FACTORS, growth_table, growths
+from expunge.bench.standing import Line, Standing
 from expunge.bench.suites import Request, suite_cells
 from expunge.bench.tables import csv_writer, latex, markdown, parquet_writer, summarize, tidy_rows
 from expunge.commands import check_writable
@@ -45,45 +45,7 @@ class Plan:
     tunings: int  # searches for settings, likewise
 
 
-@dataclass(frozen=True)
-class Line:
-    """One finished item, as it is told while the benchmark runs."""
-
-    number: int  # items finished so far
-    total: int
-    item: Item
-    record: Mapping[str, Any]
-    seconds_left: float | None  # None: nothing to tell from yet
-
-
-@dataclass
-class Pace:
-    """Tells how long the rest will take, from how long items of the same kind and method took."""
-
-    items: Sequence[Item]
-    jobs: int
-    told: Callable[[Line], None]
-    _took: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    _finished: set[str] = field(default_factory=set)
-
-    def __call__(self, item: Item, record: Mapping[str, Any]) -> None:
-        """Count a finished item, and tell of it."""
-        self._finished.add(item.id)
-        seconds = record["item"]["seconds"]
-        for key in (_key(item), type(item).__name__, ""):
-            self._took[key].append(seconds)
-        left = [self._guess(other) for other in self.items if other.id not in self._finished]
-        self.told(Line(len(self._finished), len(self.items), item, record, sum(left) / self.jobs))
-
-    def _guess(self, item: Item) -> float:
-        keys = (_key(item), type(item).__name__, "")
-        return next(fmean(self._took[key]) for key in keys if self._took[key])
-
-
-def _key(item: Item) -> str:
-    name = type(item).__name__
-    variant = f" {item.method} {item.preset}" if isinstance(item, Cell | Tuning) else ""
-    return f"{name}{variant}{' counted' if isinstance(item, Cell) and item.count_flops else ''}"
+Show = Callable[[Standing], AbstractContextManager[Callable[[Line], None]]]
 
 
 def plan(suite: str, request: Request, out: Path) -> Plan:
@@ -115,7 +77,7 @@ def bench_command(
     jobs: int = 1,
     retry_failed: bool = False,
     device: str | None = None,
-    told: Callable[[Line], None] | None = None,
+    show: Show | None = None,
 ) -> Outcome:
     """Do what is left of a suite, then write its tables and plots to `out`.
 
@@ -124,6 +86,7 @@ def bench_command(
     Args:
         jobs: processes on this machine.
         retry_failed: do failed cells again.
+        show: shows where it stands while it runs, and is told of each item that is finished.
 
     Raises:
         InputError: there is no such suite, or its data or weights cannot be used.
@@ -131,8 +94,16 @@ def bench_command(
     if jobs < 1:
         raise InputError(f"expected --jobs of at least 1, got {jobs}")
     cells = plan(suite, request, out).cells
-    pace = Pace(with_needs(cells), jobs, told) if told is not None else None
-    result = run_cells(cells, out, jobs=jobs, retry_failed=retry_failed, device=device, told=pace)
+    standing = Standing(cells, out, jobs)
+    with show(standing) if show is not None else nullcontext(lambda _: None) as tell:
+        result = run_cells(
+            cells,
+            out,
+            jobs=jobs,
+            retry_failed=retry_failed,
+            device=device,
+            told=lambda item, record: tell(standing.finish(item, record)),
+        )
     record = bench_record(suite, request, cells, out)
     files = write_tables(cells, out, record)
     write_pages(record, out, stale_only=True)

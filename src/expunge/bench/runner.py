@@ -15,7 +15,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -187,6 +187,19 @@ def _leased(item: Item, out: Path) -> Iterator[SoftFileLease | None]:
         yield lease
     finally:
         lease.release()
+
+
+def leased(out: Path) -> set[str]:
+    """Return the ids of the items that somebody works on, here or on another machine.
+
+    A lease left behind by a killed process counts until its last sign of life is older than two that should have come.
+    """
+    found = set()
+    for path in (out / "locks").glob("*.lock"):
+        with suppress(FileNotFoundError):  # released meanwhile
+            if time.time() - path.stat().st_mtime < LEASE_SECONDS * 2 / 3:
+                found.add(path.stem)
+    return found
 
 
 def _clear_temporaries(folder: Path) -> None:

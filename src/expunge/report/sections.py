@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -180,9 +181,9 @@ def attack(record: Part, audit: str, scale: Scale, *, first: str = "figure") -> 
                 note="; ".join(filter(None, notes)),
             )
         )
-    rows.sort(key=lambda one: one.name == "head input")  # the last of the blocks, the first in the record
-    title = words(audit).capitalize()
-    made = board(title, rows, scale, first=first, gap_title=gaps_of(record)[1], titled=False)
+    order: list[str] = next((one["blocks"] for one in (found.get("details") or {}).values() if "blocks" in one), [])
+    rows.sort(key=lambda one: (order.index(one.name) if one.name in order else -1, _counted(one.name)))
+    made = board(heading(audit), rows, scale, first=first, gap_title=gaps_of(record)[1], titled=False)
     return {"board": made, **about(record, audit)} if made else None
 
 
@@ -195,15 +196,28 @@ def _gap_told(gap: Part, scale: Scale) -> str:
 def about(record: Part, audit: str) -> dict[str, str]:
     found = record["audits"][audit]
     return {
-        "name": words(audit).capitalize(),
+        "name": heading(audit),
         "says": sentence(found.get("says") or ""),
         "source": sentence(found.get("source") or ""),
         "seconds": seconds(found.get("seconds")),
     }
 
 
+def _counted(name: str) -> list[tuple[int, str]]:
+    """Return a key to sort names by in which 4 comes before 11, and the input of the head last."""
+    parts = re.split(r"(\d+)", name)
+    counted = [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
+    return [(int(name == "head input"), ""), *counted]
+
+
 def words(name: str) -> str:
     return name.replace("_", " ")
+
+
+def heading(audit: str) -> str:
+    """Return an attack's name as a heading."""
+    told = words(audit)
+    return re.sub(r"\br?mia\b", lambda found: found[0].upper(), told[0].upper() + told[1:], flags=re.IGNORECASE)
 
 
 def relearn(record: Part) -> dict[str, Any] | None:
@@ -475,6 +489,8 @@ def settings(record: Part) -> dict[str, Any]:
     read, names = record.get("samples_read") or {}, record["classes"]["all"]
     columns = [key for key in ("retain_sample", "method", "evaluation") if any((read.get(key) or {}).values())]
     method = {"method": record["method"], "seed": record.get("seed"), **(record.get("config") or {})}
+    if method.get("audits") == []:
+        method["audits"] = "all of the default budget"
     tables = {"Method": method} | {
         name.capitalize(): record.get(name) or {} for name in ("model", "data", "environment")
     }
@@ -493,6 +509,8 @@ def flat(part: Part, before: str = "") -> list[tuple[str, str]]:
     for name, value in part.items():
         if isinstance(value, Mapping):
             rows += flat(value, f"{before}{name}.")
+        elif isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):
+            rows += flat({str(number): one for number, one in enumerate(value, 1)}, f"{before}{name}.")
         else:
             rows.append((f"{before}{name}", _plain(value)))
     return rows

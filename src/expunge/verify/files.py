@@ -1,0 +1,170 @@
+"""Checks with the folder at hand: record, weights, retain sample and pictures are as they were written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from expunge.data import decode
+from expunge.errors import InputError, first_line
+from expunge.files import json_text
+from expunge.provenance import (
+    RECORD,
+    SAMPLE,
+    configuration_of,
+    content_hash,
+    digest,
+    file_digest,
+    part_digests,
+    read_samples,
+    sample_hash,
+    tensors_digest,
+)
+from expunge.report import check_record
+from expunge.schema import IMAGES, Preprocessing
+from expunge.verify.finding import Content, Elsewhere, Finding
+from expunge.weights import load_weights, weights_file
+
+
+def read_record(folder: Path) -> tuple[dict[str, Any] | None, list[Finding]]:
+    """Return the record and what its own hashes say; None where it cannot be checked further."""
+    path = folder / RECORD
+    if not path.is_file():
+        raise InputError(f"expected the folder that expunge forget or audit wrote to, with a {RECORD}; got {folder}")
+    text = path.read_bytes()
+    try:
+        record = json.loads(text.decode("utf-8"))
+        check_record(record)
+    except (ValueError, RecursionError) as error:  # InputError is one
+        return None, [Finding("record", False, f"{RECORD} was damaged: {first_line(error)}")]
+    provenance = record.get("provenance")
+    if not isinstance(provenance, dict) or not isinstance(record.get("content_hash"), str):
+        why = "its hashes were stripped, or it was made by a version that wrote none"
+        return None, [Finding("record", False, f"{RECORD} cannot be checked: {why}")]
+    stated = provenance.get("parts")
+    parts = stated if isinstance(stated, dict) else {}
+    now = part_digests(record)
+    problems = [f"{name} was edited" for name in now if name in parts and parts[name] != now[name]]
+    problems += [f"{name} was added" for name in now if name not in parts]
+    problems += [f"{name} is missing" for name in parts if name not in now]
+    if not problems and content_hash(record) != record["content_hash"]:
+        problems.append("provenance or content_hash was edited")
+    if not problems and json_text(record).encode() != text:
+        problems.append("its bytes are not as expunge writes them, though its content is")
+    found = [Finding("record", False, f"{RECORD}: {problem}") for problem in problems]
+    if not found:
+        found.append(Finding("record", True, f"{RECORD} is as it was written (content {short(record)})"))
+    try:
+        same = provenance.get("configuration") == digest(configuration_of(record))
+    except (KeyError, AttributeError):
+        same = False
+    if not same:
+        told = "method, settings, classes, seed, model or sample are not those the record was written with"
+        found.append(Finding("configuration", False, told))
+    return record, found
+
+
+def short(record: Content) -> str:
+    return str(record["content_hash"])[:16]
+
+
+def _paths(folder: Path, record: Content, where: Elsewhere) -> list[tuple[str, Path, Mapping[str, str]]]:
+    """Return the role of each model, where its weights are said to be, and their hashes."""
+    model, hashes = record["model"], record["provenance"]["weights"]
+    if record["provenance"]["kind"] == "audit":
+        found = [("unlearned", Path(model["unlearned"]), hashes["unlearned"])]
+        found.append(("original", where.weights or Path(model["original"]), hashes["original"]))
+        pairs = zip(model["retrained"], hashes["retrained"], strict=True)
+        return found + [("retrained", Path(path), one) for path, one in pairs]
+    found = [("unlearned", folder / "unlearned.safetensors", hashes["unlearned"])]
+    found.append(("original", where.weights or Path(model["weights"]), hashes["original"]))
+    return found + ([("retrained", Path(model["retrained"]), hashes["retrained"])] if model.get("retrained") else [])
+
+
+def check_weights(folder: Path, record: Content, where: Elsewhere) -> Iterator[Finding]:
+    known = record["provenance"]["weights"]
+    names = {known[role]["tensors"]: role for role in ("unlearned", "original")}
+    for role, path, hashes in _paths(folder, record, where):
+        own = path.parent == folder
+        try:
+            file = weights_file(path)
+        except InputError:
+            missing = f"{path} is gone" if own else f"the {role} weights are not at {path}: not checked"
+            hint = " (name them with --weights)" if role == "original" else ""
+            yield Finding("weights", False if own else None, missing + hint)
+            continue
+        if file_digest(file) == hashes["file"]:
+            yield Finding("weights", True, f"{path.name} is the {role} model's, byte for byte")
+            continue
+        try:
+            tensors = tensors_digest(load_weights(path)[0])
+        except InputError as error:
+            yield Finding("weights", False, f"{path} was damaged: {first_line(error)}")
+            continue
+        if tensors == hashes["tensors"]:
+            told = f"{path} holds the {role} weights, but its bytes were changed (its metadata or form)"
+            yield Finding("weights", not own, told)
+        elif tensors in names:
+            yield Finding("weights", False, f"{path} was swapped: it holds the {names[tensors]} weights")
+        else:
+            yield Finding("weights", False, f"{path} was changed: it does not hold the {role} weights")
+
+
+def check_sample(folder: Path, record: Content) -> Iterator[Finding]:
+    stated = record["provenance"]["retain_sample"]
+    if stated is None:
+        return
+    path = folder / SAMPLE
+    if not path.is_file():
+        told = f"{SAMPLE} is not here: who was in the sample cannot be checked"
+        yield Finding("retain sample", None, told)
+        return
+    try:
+        found = read_samples(path)
+    except InputError as error:
+        yield Finding("retain sample", False, str(error))
+        return
+    if found.fingerprint != stated["fingerprint"] or len(found.hashes) != stated["count"]:
+        told = f"{SAMPLE} was changed: its hashes are not those of the sample that was read"
+        yield Finding("retain sample", False, told)
+    elif file_digest(path) != record["provenance"]["files"][SAMPLE]:
+        yield Finding("retain sample", False, f"{SAMPLE} was changed, though its hashes were not")
+    else:
+        told = f"{SAMPLE} holds the hashes of the {stated['count']:,} images that were read"
+        yield Finding("retain sample", True, told)
+
+
+def check_pictures(folder: Path, record: Content) -> Iterator[Finding]:
+    """Check the pictures beside a record, where they were asked for; a file that is no part of it is named too."""
+    stated, path = record["provenance"]["files"].get(IMAGES), folder / IMAGES
+    if not path.is_file():
+        if stated is not None:
+            yield Finding("images", None, f"{IMAGES} is not here: the pictures cannot be checked")
+    elif stated is None:
+        yield Finding("images", False, f"{IMAGES} was added: the record was made without pictures")
+    elif file_digest(path) != stated:
+        yield Finding("images", False, f"{IMAGES} was changed: it does not hold the pictures that were kept")
+    else:
+        yield Finding("images", True, f"{IMAGES} is as it was written")
+
+
+def look_up(folder: Path, record: Content, image: Path) -> Finding:
+    """Look an image up among the hashes of the retain sample, under every label."""
+    if record["provenance"]["retain_sample"] is None:
+        raise InputError("an audit has no retain sample to look an image up in")
+    if not image.is_file():
+        raise InputError(f"no image at {image}")
+    samples = read_samples(folder / SAMPLE)
+    stated = record["data"]["preprocessing"]
+    preprocessing = Preprocessing(size=tuple(stated["size"]), mean=tuple(stated["mean"]), std=tuple(stated["std"]))
+    pixels = decode(image, preprocessing, str(image))
+    assert pixels is not None  # skip_bad is off
+    known = set(samples.hashes)
+    names = record["classes"]["all"]
+    for label, name in enumerate(names):
+        if sample_hash(samples.salt, pixels, label) in known:
+            return Finding("image", True, f"{image} was in the retain sample, as {name}")
+    told = f"{image} was not in the retain sample, pixel for pixel; cropped or saved anew it would not be found"
+    return Finding("image", False, told)
