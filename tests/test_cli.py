@@ -269,7 +269,7 @@ def test_bad_images_are_named_or_skipped_and_counted(tmp_path: Path, trained: Tr
 
 def test_images_that_are_streamed(tmp_path: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     assert invoke(*trained.arguments(tmp_path / "staged")).exit_code in (0, 1)
-    monkeypatch.setattr(data, "STAGE_LIMIT_BYTES", 20_000)
+    monkeypatch.setattr(data, "HELD_BYTES", 20_000)
     streamed = invoke(*trained.arguments(tmp_path / "streamed"))
     assert not isinstance(streamed.exception, Exception), streamed.exception
     before = [record_of(tmp_path / name)["metrics"]["before"] for name in ("staged", "streamed")]
@@ -277,7 +277,7 @@ def test_images_that_are_streamed(tmp_path: Path, trained: Trained, monkeypatch:
 
 
 def test_a_bad_image_in_a_stream_is_one_line(tmp_path: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "STAGE_LIMIT_BYTES", 100)
+    monkeypatch.setattr(data, "HELD_BYTES", 100)
     retain = write_digits(tmp_path / "retain", [0, 1, 2])
     (retain / "1" / "broken.png").write_bytes(b"hello")
     out = tmp_path / "out"

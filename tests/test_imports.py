@@ -15,8 +15,9 @@ PACKAGE = Path(expunge.__file__).parent
 LAYERS = (
     {"errors"},
     {"schema"},
-    {"journal", "config", "files", "data", "processes", "convolutions"},
+    {"journal", "config", "files", "data", "processes", "convolutions", "memory", "recompute"},
     {"report", "ledger", "signing"},
+    {"sharding"},
     {"training"},
     {"metrics", "models", "weights", "signals", "pictures"},
     {"audits"},

@@ -151,20 +151,22 @@ def test_what_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="the audit runs in one process"):
         refuse_several("the audit")
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(InputError, match="FSDP is not supported: each process holds the whole model"):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(InputError, match="DeepSpeed is not supported: leave it out of accelerate's options"):
         ranks()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 4])
-def test_each_part_gives_what_one_process_gives(size: int, tmp_path: Path) -> None:
-    names = "in_memory,streamed,stopped,answered,learned"
+@pytest.mark.parametrize(("size", "sharded"), [(2, False), (4, False), (2, True)])
+def test_each_part_gives_what_one_process_gives(size: int, sharded: bool, tmp_path: Path) -> None:
+    """Sharded, as `accelerate launch --use_fsdp` asks for it."""
+    names = "in_memory,streamed,stopped,answered,learned,resumed"
+    asked = {"ACCELERATE_USE_FSDP": "true"} if sharded else {}
     found = {}
     for count in (1, size):
         words = [str(HERE / "together.py"), names, str(tmp_path / f"{count}.pt")]
         paths = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
-        ended = finish(start(words, count, PYTHONPATH=paths))
+        ended = finish(start(words, count, PYTHONPATH=paths, **asked))
         assert [code for code, _, _ in ended] == [0] * count, ended
         found[count] = torch.load(tmp_path / f"{count}.pt", weights_only=False)
     one, many = found[1], found[size]
@@ -175,8 +177,11 @@ def test_each_part_gives_what_one_process_gives(size: int, tmp_path: Path) -> No
             torch.testing.assert_close(shared["model"][key], value, atol=1e-5, rtol=1e-5)
         assert all(state == shared["same"][0] for state in shared["same"])  # bit for bit in all processes
         assert shared["phase"][:3] == alone["phase"][:3]
+        assert shared["sharded"] is sharded
         assert shared["phase"][3] == pytest.approx(alone["phase"][3], abs=1e-5)
         assert set(shared["seen"]) == set(alone["seen"])  # the same images, mirrored and shifted alike
+    for key, value in one["resumed"]["model"].items():
+        torch.testing.assert_close(many["resumed"]["model"][key], value, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(many["answered"]["logits"], one["answered"]["logits"], atol=1e-5, rtol=1e-5)
     for key in ("labels", "streamed"):
         assert torch.equal(many["answered"][key], one["answered"][key])

@@ -458,7 +458,7 @@ def test_a_streamed_sample_has_the_hashes_of_a_staged_one(monkeypatch: pytest.Mo
     salt = provenance.new_salt()
     staged = stage(table, preprocessing)
     found = provenance.hash_samples(staged, table, preprocessing, salt=salt, skip_bad=False)
-    monkeypatch.setattr(data, "STAGE_LIMIT_BYTES", 100)
+    monkeypatch.setattr(data, "HELD_BYTES", 100)
     streamed = stage(table, preprocessing)
     assert isinstance(streamed.dataset, StreamedImages)
     assert provenance.hash_samples(streamed, table, preprocessing, salt=salt, skip_bad=False) == found

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +17,9 @@ from torch import nn
 
 from expunge.data import StreamedImages, TensorImages
 from expunge.journal import Journal
-from expunge.processes import gathered, leave, ranks, wait
+from expunge.processes import agreed, gathered, leave, ranks, wait
 from expunge.schema import TrainConfig
+from expunge.sharding import sharding
 from expunge.signals import descend
 from expunge.training import predict, train
 from test_training import GREY, images, numbered
@@ -51,6 +56,7 @@ def trained(dataset: Any, count: int, **arguments: Any) -> State:
         "same": gathered({name: value.tolist() for name, value in model.state_dict().items()}),
         "phase": (phase.steps, phase.samples, dict(phase.label_counts), phase.final_loss),
         "seen": everything if count else [],
+        "sharded": sharding(),
     }
 
 
@@ -69,6 +75,28 @@ def stopped() -> State:
     """Each process would stop at another step: the first one's word is what counts."""
     place = ranks()
     return trained(images(), 1, until=lambda step: step == 3 + place.rank)
+
+
+def resumed() -> State:
+    """Interrupted in the second epoch, and gone on with from the checkpoint of the first."""
+    with tempfile.TemporaryDirectory() as own:
+        checkpoint = Path(agreed(own)) / "resume"
+        steps = itertools.count()
+
+        def objective(logits: torch.Tensor, batch: Any) -> torch.Tensor:
+            if next(steps) == 5:
+                raise KeyboardInterrupt
+            return F.cross_entropy(logits, batch.labels)
+
+        config = replace(CONFIG, optimizer="adamw", lr=0.01, gradient_checkpointing=True)
+        model = network()
+        with suppress(KeyboardInterrupt):
+            train(model, images(), config, seed=7, preprocessing=GREY, checkpoint=checkpoint, objective=objective)
+        assert checkpoint.exists()
+        model = network()
+        train(model, images(), config, seed=7, preprocessing=GREY, checkpoint=checkpoint)
+        wait()
+    return {"model": model.state_dict()}
 
 
 def answered() -> State:
@@ -91,7 +119,8 @@ def learned() -> State:
 
 
 CASES: dict[str, Callable[[], State]] = {
-    "in_memory": in_memory, "streamed": streamed, "stopped": stopped, "answered": answered, "learned": learned
+    "in_memory": in_memory, "streamed": streamed, "stopped": stopped, "answered": answered, "learned": learned,
+    "resumed": resumed,
 }  # fmt: skip
 
 if __name__ == "__main__":

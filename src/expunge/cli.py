@@ -20,12 +20,14 @@ from expunge.options import (
     Command,
     DataText,
     Device,
+    Fsdp,
     Keeping,
     PrecisionText,
     Quiet,
     Reading,
     RecordOut,
     Seed,
+    ask_for_shards,
     data_options,
     listed,
     password,
@@ -96,17 +98,28 @@ def train(
             metavar="", help="Mirror and shift images; by default for all but digits.", rich_help_panel="Recipe"
         ),
     ] = None,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--gradient-checkpointing",
+            metavar="",
+            help="Compute activations anew in the backward pass: less memory, more time, the same weights.",
+            rich_help_panel="Recipe",
+        ),
+    ] = False,
     *,
     reading: Reading,
     seed: Seed = 0,
     device: Device = None,
     precision: PrecisionText = "auto",
+    fsdp: Fsdp = False,
     quiet: Quiet = False,
 ) -> None:
     """Train a classifier: an original, or (--without) its retrained reference.
 
     Interrupted, it goes on after the last finished epoch when the same command is run again.
     """
+    ask_for_shards(fsdp)
     with _user_errors("run the same command again to go on after the last finished epoch", together=True):
         from dataclasses import replace
 
@@ -124,6 +137,7 @@ def train(
                     lr=lr,
                     batch_size=batch_size,
                     precision=cast("Precision", precision),
+                    gradient_checkpointing=gradient_checkpointing,
                 ),
                 leave_out=listed(without),
                 per_class=per_class,
@@ -209,6 +223,7 @@ def forget(
     seed: Seed = 0,
     device: Device = None,
     precision: PrecisionText = "auto",
+    fsdp: Fsdp = False,
     as_json: RecordOut = False,
     quiet: Quiet = False,
 ) -> None:
@@ -217,6 +232,7 @@ def forget(
     UNSIR, the default method, never reads an image of a class to forget: it learns noise from the model, impairs it
     with that, and repairs it with a retained sample. Held-out images in --data are read afterwards, to measure.
     """
+    ask_for_shards(fsdp)
     with _user_errors("nothing was written", together=True):
         from expunge.commands import RetainOptions, forget_command
 

@@ -154,8 +154,8 @@ def train_command(
     if len(held_out) == 0:
         raise InputError("expected held-out images to test on, found none: add a test split, or more images a class")
     with journal.phase("read images", steps=None) as meter:
-        staged = stage(table, preprocessing, skip_bad=data.skip_bad, seed=seed)
-        test = stage(held_out, preprocessing, skip_bad=data.skip_bad, shuffle=False)
+        staged = stage(table, preprocessing, skip_bad=data.skip_bad, seed=seed, held=data.memory)
+        test = stage(held_out, preprocessing, skip_bad=data.skip_bad, shuffle=False, held=data.memory)
         meter.samples = len(staged.dataset) + len(test.dataset)
     checkpoint = out.with_name(out.name + ".resume")
     phase = "train" + (f" without {', '.join(workspace.class_names[label] for label in never)}" if never else "")
@@ -247,7 +247,7 @@ def forget_command(
     workspace, notes = done.workspace, list(done.notes)
     names = workspace.class_names
     # only now, when the method is done, are held-out images decoded, those of forgotten classes among them
-    test = stage(workspace.test, workspace.preprocessing, skip_bad=data.skip_bad, shuffle=False)
+    test = stage(workspace.test, workspace.preprocessing, skip_bad=data.skip_bad, shuffle=False, held=data.memory)
     record = evaluate(
         workspace.model,
         done.unlearned,
@@ -380,7 +380,7 @@ def erase(
         raise InputError("expected a retain sample, found no image of a class to retain")
     reference = _retrained(workspace, retrained) if retrained is not None else None
     with journal.phase("read images", steps=None):
-        retained = stage(sample, workspace.preprocessing, skip_bad=data.skip_bad, seed=seed)
+        retained = stage(sample, workspace.preprocessing, skip_bad=data.skip_bad, seed=seed, held=data.memory)
         samples = hash_samples(
             retained, sample, workspace.preprocessing, salt=salt or new_salt(), skip_bad=data.skip_bad
         )
@@ -480,7 +480,9 @@ def measure_again(
     workspace = open_workspace(data, model, weights, leave_out=classes, seed=seed, device=device)
     after = _sibling(workspace, unlearned)
     reference = _retrained(workspace, retrained) if retrained is not None else None
-    test = stage(workspace.test, workspace.preprocessing, skip_bad=data.skip_bad, shuffle=False).dataset
+    test = stage(
+        workspace.test, workspace.preprocessing, skip_bad=data.skip_bad, shuffle=False, held=data.memory
+    ).dataset
     split = Split(
         forget_classes=workspace.left_out,
         retain=TensorImages(torch.empty(0), torch.empty(0, dtype=torch.int64)),  # none is read to measure
@@ -726,7 +728,9 @@ AUDIT_BYTES = 2**30  # or so many as take this much memory: audits read them man
 def _audit_split(workspace: Workspace, data: DataOptions, training_data: bool, journal: Journal) -> tuple[Split, int]:
     """Return the split that audits read, all of it in memory, and how many images could not be decoded."""
     size = workspace.preprocessing.channels * workspace.preprocessing.size[0] * workspace.preprocessing.size[1]
-    most = max(1, min(AUDIT_IMAGES, AUDIT_BYTES // size) // len(workspace.class_names))
+    held = data.memory or AUDIT_BYTES
+    most = max(1, min(AUDIT_IMAGES, held // size) // len(workspace.class_names))
+    held = max(held, most * len(workspace.class_names) * size)  # one of each class, whatever it takes
     trained_on = (workspace.metadata.training or {}).get("train_samples")
     per_class = most
     if training_data and trained_on and trained_on < len(workspace.source.train):  # trained with --per-class
@@ -740,13 +744,19 @@ def _audit_split(workspace: Workspace, data: DataOptions, training_data: bool, j
     before = tuple(label for label in workspace.gone_before if label not in forget)
     with journal.phase("read images", steps=None):
         staged = {
-            "retain": stage(without(known, {*forget, *before}), workspace.preprocessing, skip_bad=data.skip_bad),
+            "retain": stage(
+                without(known, {*forget, *before}),
+                workspace.preprocessing,
+                skip_bad=data.skip_bad,
+                held=held,
+            ),
             "forget": stage(
                 without(known, set(range(len(workspace.class_names))) - forget),
                 workspace.preprocessing,
                 skip_bad=data.skip_bad,
+                held=held,
             ),
-            "test": stage(held_out, workspace.preprocessing, skip_bad=data.skip_bad, shuffle=False),
+            "test": stage(held_out, workspace.preprocessing, skip_bad=data.skip_bad, shuffle=False, held=held),
         }
     parts = {name: one.dataset for name, one in staged.items()}
     split = Split(
@@ -824,7 +834,7 @@ def _forget_samples(workspace: Workspace, data: DataOptions, method: str, seed: 
         raise InputError(
             f"the method {method} reads images of the classes to forget, and the data has none to train on"
         )
-    return stage(table, workspace.preprocessing, skip_bad=data.skip_bad, seed=seed).dataset
+    return stage(table, workspace.preprocessing, skip_bad=data.skip_bad, seed=seed, held=data.memory).dataset
 
 
 def _preset(method: str, preset: str) -> Any:

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,14 @@ from expunge.schema import Preprocessing, Sample
 
 Labels = NDArray[np.int64]
 LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class")
+SHARDS = (".parquet", ".tar")
 IMAGE_COLUMNS = ("image", "img", "images", "pixel_values", "picture")
 TEST_SHARE = 0.2  # of a source without a test split
 SPLIT_SEED = 0  # one fixed made split, so that training and forgetting agree on it whatever their seeds
-STAGE_LIMIT_BYTES = 2 * 2**30  # decoded images above this are streamed
-SHUFFLE_BUFFER = 4096  # images held back to shuffle a stream that must be read in order
+HELD_BYTES = 256 * 2**20  # decoded images in memory: what fits is decoded once, of more so much is held back to shuffle
+SHUFFLE_BUFFER = 4096  # and no more images than these
+AHEAD_BYTES = 16 * 2**20  # decoded by threads before they are needed,
+AHEAD = 256  # and no more images than these
 
 
 @dataclass(frozen=True)
@@ -40,13 +44,13 @@ class ImageTable:
     """Labelled images that are not decoded yet.
 
     `read(rows)` yields one payload a row, in that order: a PIL image, encoded bytes, or a path. Rows of a source that
-    is stored in order (`random_access` false) must ascend.
+    is stored in blocks must ascend within a block, and those of a block must come together.
     """
 
     labels: Labels
     read: Callable[[Labels], Iterator[Any]]
     name: Callable[[int], str]  # how a message names a row
-    random_access: bool = True
+    starts: Labels | None = None  # first row of each block that is read from its begin (row group, tar); None: of none
     rows: Labels = field(default_factory=lambda: np.empty(0, dtype=np.int64))  # of `read`, one a label
 
     def __post_init__(self) -> None:
@@ -93,12 +97,22 @@ class TensorImages(Dataset[Sample]):
 class StreamedImages(IterableDataset[Sample]):
     """Images decoded by threads shortly before they are needed; memory does not grow with their number.
 
-    Shuffled anew each epoch: wholly where the source allows it, through a buffer of `SHUFFLE_BUFFER` images where it
-    must be read in order.
+    Shuffled anew each epoch: wholly where the source allows it; where it is stored in blocks, their order is, and then
+    images through a buffer.
+
+    Args:
+        held: bytes of decoded images in that buffer, at most.
     """
 
     def __init__(
-        self, table: ImageTable, preprocessing: Preprocessing, *, seed: int = 0, shuffle: bool = True, skip_bad: bool
+        self,
+        table: ImageTable,
+        preprocessing: Preprocessing,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        skip_bad: bool,
+        held: int = HELD_BYTES,
     ) -> None:
         self.table = table
         self.labels = torch.from_numpy(table.labels)
@@ -106,6 +120,7 @@ class StreamedImages(IterableDataset[Sample]):
         self.seed = seed
         self.shuffle = shuffle
         self.skip_bad = skip_bad
+        self.held = held
         self.epoch = 0
         self.bad: set[int] = set()  # positions that could not be decoded, as far as they were read
 
@@ -118,19 +133,22 @@ class StreamedImages(IterableDataset[Sample]):
     def __iter__(self) -> Iterator[Sample]:
         rng = np.random.default_rng((self.seed, self.epoch))
         order = np.arange(len(self.table))
-        if self.shuffle and self.table.random_access:
-            order = rng.permutation(order)
-        stream = self._decode(order)
-        if self.shuffle and not self.table.random_access:
-            return shuffled(stream, SHUFFLE_BUFFER, rng)
-        return stream
+        if not self.shuffle:
+            return self._decode(order)
+        if self.table.starts is None:
+            return self._decode(rng.permutation(order))
+        block = np.searchsorted(self.table.starts, self.table.rows, side="right") - 1
+        turn = rng.permutation(len(self.table.starts))
+        stream = self._decode(np.argsort(turn[block], kind="stable"))
+        return shuffled(stream, _at_most(SHUFFLE_BUFFER, self.held, self.preprocessing), rng)
 
     def _decode(self, order: Labels) -> Iterator[Sample]:
         items = zip(order, self.table.read(self.table.rows[order]), strict=True)
+        chunk = _at_most(AHEAD, AHEAD_BYTES, self.preprocessing)
         with ThreadPoolExecutor() as pool:
             ready: list[Future[Sample | None]] = []
             while True:  # one chunk is decoded while the one before is used
-                ahead = [pool.submit(self._sample, *item) for item in itertools.islice(items, 256)]
+                ahead = [pool.submit(self._sample, *item) for item in itertools.islice(items, chunk)]
                 for future in ready:
                     sample = future.result()
                     if sample is not None:
@@ -146,6 +164,16 @@ class StreamedImages(IterableDataset[Sample]):
             self.bad.add(position)
             return None
         return image, int(self.table.labels[position])
+
+
+def _at_most(images: int, held: int, preprocessing: Preprocessing) -> int:
+    """Return how many decoded images are so many and take so many bytes, at most; one at least."""
+    return max(1, min(images, held // image_bytes(preprocessing)))
+
+
+def image_bytes(preprocessing: Preprocessing) -> int:
+    """Return the bytes of a decoded image."""
+    return preprocessing.channels * preprocessing.size[0] * preprocessing.size[1]
 
 
 def shuffled(stream: Iterator[Sample], size: int, rng: np.random.Generator) -> Iterator[Sample]:
@@ -168,7 +196,8 @@ def open_source(
     label_column: str | None = None,
     image_column: str | None = None,
 ) -> Source:
-    """Open `digits`, a folder (class sub-folders or parquet), `hf:NAME` or `torchvision:NAME`; decodes nothing.
+    """Open `digits`, a folder (class sub-folders, parquet or WebDataset tars), files of those kinds named by a path,
+    a pattern or a URL, `hf:NAME` or `torchvision:NAME`; decodes nothing.
 
     Args:
         label_column: which column holds the label, where a source has several.
@@ -179,18 +208,20 @@ def open_source(
     """
     if spec == "digits":
         tables, names, named = _open_digits()
-    elif spec.startswith("hf:"):
+    elif spec.startswith("hf:") and "://" not in spec:
         tables, names, named = _open_hub(spec.removeprefix("hf:"), label_column, image_column)
     elif spec.startswith("torchvision:"):
         tables, names, named = _open_torchvision(spec.removeprefix("torchvision:"))
+    elif found := _find_shards(spec):
+        opener = _open_parquet if found.kind == ".parquet" else _open_tars
+        tables, names, named = opener(found, label_column, image_column)
+    elif Path(spec).is_dir():
+        tables, names, named = _open_folders(Path(spec))
     else:
-        folder = Path(spec)
-        if not folder.is_dir():
-            raise InputError(f"no data at {spec!r}: expected 'digits', a folder, 'hf:NAME' or 'torchvision:NAME'")
-        if any(folder.rglob("*.parquet")):
-            tables, names, named = _open_parquet(folder, label_column, image_column)
-        else:
-            tables, names, named = _open_folders(folder)
+        raise InputError(
+            f"no data at {spec!r}: expected 'digits', a folder, parquet or tar files (a path, a pattern or a URL), "
+            "'hf:NAME' or 'torchvision:NAME'"
+        )
     train, test = tables.get("train"), tables.get("test")
     for part, table in tables.items():
         if len(table) == 0:
@@ -281,40 +312,123 @@ def _choose_splits(names: Sequence[str], *, others: bool = False) -> dict[str, s
     return {part: name for part, name in found.items() if name is not None}
 
 
-def _open_parquet(folder: Path, label_column: str | None, image_column: str | None) -> Opened:
-    import pyarrow.parquet as pq
+@dataclass(frozen=True)
+class _Shards:
+    """The files of a source, in order: on this machine, or wherever fsspec reaches."""
 
-    groups: dict[str, list[Path]] = {}
-    for path in sorted(path for path in folder.rglob("*.parquet") if not _hidden(path.name)):
-        groups.setdefault(_split_word(str(path.relative_to(folder))), []).append(path)
-    files = {part: groups[group] for part, group in _choose_splits(list(groups), others=True).items()}
+    spec: str
+    kind: str  # .parquet or .tar
+    system: Any  # the fsspec file system that opens them
+    parts: Mapping[str, Sequence[str]]  # their paths in it, by split (train, test)
+
+
+def _find_shards(spec: str) -> _Shards | None:
+    """Return the parquet files, else the tars, that a folder, a path, a pattern or a URL names; None: there are none.
+
+    Raises:
+        InputError: what the URL names cannot be listed.
+    """
+    import fsspec
+
     try:
-        first = next(iter(files.values()))[0]
-        schema = pq.read_schema(first)
-        columns, names = _columns(schema, label_column, image_column, str(folder))
-        read = {
-            part: [pq.read_table(path, columns=[columns[1]]).column(0).to_pylist() for path in paths]
-            for part, paths in files.items()
-        }
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"cannot read the parquet files in {str(folder)!r}: {first_line(error)}") from error
-    raw = {part: list(itertools.chain.from_iterable(parts)) for part, parts in read.items()}
+        system, root = fsspec.core.url_to_fs(spec)
+        pattern = any(letter in root for letter in "*?[")
+        paths = sorted(system.glob(root) if pattern else [root] if system.isfile(root) else _below(system, root))
+    except Exception as error:  # each cloud's client raises its own kinds
+        raise InputError(f"cannot list the data at {spec!r}: {first_line(error)}") from error
+    for kind in SHARDS:
+        groups: dict[str, list[str]] = {}
+        for path in paths:
+            name = path.rpartition("/")[2] if pattern or path == root else path[len(root) :]
+            if path.endswith(kind) and not _hidden(path.rpartition("/")[2]):
+                groups.setdefault(_split_word(name), []).append(path)
+        if groups:
+            parts = {part: groups[group] for part, group in _choose_splits(list(groups), others=True).items()}
+            return _Shards(spec, kind, system, parts)
+    if "://" in spec:
+        raise InputError(f"found no parquet or tar files at {spec!r}")
+    return None
+
+
+def _below(system: Any, root: str) -> list[str]:
+    """Return what may be a shard below a folder."""
+    from fsspec.implementations.local import LocalFileSystem
+
+    if isinstance(system, LocalFileSystem):  # whose `find` asks for the size of each of a million pictures
+        return [path.as_posix() for path in Path(root).rglob("*") if path.suffix in SHARDS]
+    return [path for path in system.find(root) if path.endswith(SHARDS)]
+
+
+def _open_parquet(found: _Shards, label_column: str | None, image_column: str | None) -> Opened:
+    raw: dict[str, list[Labels | list[Any]]] = {part: [] for part in found.parts}
+    groups: dict[str, list[_Group]] = {part: [] for part in found.parts}
+    columns: tuple[str, str] | None = None
+    names: tuple[str, ...] = ()
+    path = ""
+    try:
+        for part, paths in found.parts.items():
+            for path in paths:
+                with _parquet(found.system, path) as file:
+                    if columns is None:
+                        columns, names = _columns(file.schema_arrow, label_column, image_column, found.spec)
+                    raw[part].append(_values(file.read(columns=[columns[1]]).column(0)))
+                    groups[part] += [
+                        _Group(path, group, file.metadata.row_group(group).num_rows)
+                        for group in range(file.metadata.num_row_groups)
+                    ]
+    except InputError:
+        raise
+    except Exception as error:  # as in `_find_shards`
+        raise InputError(f"cannot read {path!r}: {first_line(error)}") from error
+    assert columns is not None  # there is a file at least
     labels, names, named = _encode(raw, names, columns[1])
     return (
         {
             part: ImageTable(
                 labels=labels[part],
-                read=_parquet_reader(paths, columns[0]),
-                name=lambda row, part=part: f"row {row} of the {part} split of {folder}",  # type: ignore[misc]
-                random_access=False,
+                read=_parquet_reader(found.system, groups[part], columns[0]),
+                name=lambda row, part=part: f"row {row} of the {part} split of {found.spec}",  # type: ignore[misc]
+                starts=_starts([group.rows for group in groups[part]]),
             )
-            for part, paths in files.items()
+            for part in found.parts
         },
         names,
         named,
     )
+
+
+@dataclass(frozen=True)
+class _Group:
+    """One row group of a parquet file."""
+
+    path: str
+    number: int
+    rows: int
+
+
+@contextmanager
+def _parquet(system: Any, path: str) -> Iterator[Any]:
+    import pyarrow.parquet as pq
+    from fsspec.implementations.local import LocalFileSystem
+
+    here = isinstance(system, LocalFileSystem)
+    # buffered: else a column is read in whole row groups, which other writers make as large as a file
+    with nullcontext(path) if here else system.open(path, "rb") as raw, pq.ParquetFile(raw, buffer_size=2**20) as file:
+        yield file
+
+
+def _values(column: Any) -> Labels | list[Any]:
+    """Return the values of an Arrow column: integers as an array, others as they are."""
+    import pyarrow as pa
+
+    if pa.types.is_integer(column.type) and not column.null_count:
+        return np.asarray(column.to_numpy(), dtype=np.int64)
+    return list(column.to_pylist())
+
+
+def _starts(sizes: Sequence[int]) -> Labels:
+    """Return the first row of each block."""
+    return np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
 
 
 def _split_word(path: str) -> str:
@@ -365,54 +479,161 @@ def _choose(
 
 
 def _encode(
-    raw: dict[str, list[Any]], names: tuple[str, ...], column: str
+    raw: Mapping[str, Sequence[Labels | list[Any]]], names: tuple[str, ...], column: str
 ) -> tuple[dict[str, Labels], tuple[str, ...], bool]:
-    """Turn raw labels, integers or strings, into int64 labels, class names, and whether those are the source's."""
-    values = list(itertools.chain.from_iterable(raw.values()))
-    if all(isinstance(value, str) for value in values):
-        names = names or tuple(sorted(set(values)))
-        index = {name: label for label, name in enumerate(names)}
-        return {part: np.array([index[v] for v in own], dtype=np.int64) for part, own in raw.items()}, names, True
-    if not all(isinstance(value, int) and not isinstance(value, bool) for value in values):
-        kinds = ", ".join(sorted({type(value).__name__ for value in values}))
-        raise InputError(f"expected integer or text labels in column {column!r}, found {kinds}; see --label-column")
-    named = bool(names)
-    names = names or tuple(str(label) for label in range(max(values, default=-1) + 1))
-    return {part: np.array(own, dtype=np.int64) for part, own in raw.items()}, names, named
+    """Turn the raw labels of each split's files, integers or strings, into int64 labels, class names, and whether those
+    are the source's."""
+    chunks = [chunk for own in raw.values() for chunk in own]
+    if any(not isinstance(chunk, np.ndarray) for chunk in chunks):
+        kinds = {
+            type(value)
+            for chunk in chunks
+            for value in (chunk[:1].tolist() if isinstance(chunk, np.ndarray) else chunk)
+        }
+        if kinds == {str}:
+            names = names or tuple(sorted({value for chunk in chunks for value in chunk}))
+            index = {name: label for label, name in enumerate(names)}
+            return (
+                {
+                    part: np.array([index[value] for chunk in own for value in chunk], dtype=np.int64)
+                    for part, own in raw.items()
+                },
+                names,
+                True,
+            )
+        if kinds - {int}:
+            listed = ", ".join(sorted(kind.__name__ for kind in kinds))
+            raise InputError(
+                f"expected integer or text labels in column {column!r}, found {listed}; see --label-column"
+            )
+    labels = {
+        part: np.concatenate([np.asarray(chunk, dtype=np.int64) for chunk in own] or [np.empty(0, dtype=np.int64)])
+        for part, own in raw.items()
+    }
+    highest = max((int(own.max()) for own in labels.values() if len(own)), default=-1)
+    return labels, names or tuple(str(label) for label in range(highest + 1)), bool(names)
 
 
-def _parquet_reader(paths: Sequence[Path], column: str) -> Callable[[Labels], Iterator[Any]]:
+def _parquet_reader(system: Any, groups: Sequence[_Group], column: str) -> Callable[[Labels], Iterator[Any]]:
+    starts = _starts([group.rows for group in groups])
+
     def read(rows: Labels) -> Iterator[Any]:
-        """Yield the payloads of ascending rows; row groups without a wanted row are not read."""
-        import pyarrow.parquet as pq
-
-        start, position = 0, 0
-        for path in paths:
-            with pq.ParquetFile(path) as file:
-                for group in range(file.num_row_groups):
-                    size = file.metadata.row_group(group).num_rows
-                    stop = position + int(np.searchsorted(rows[position:], start + size))
-                    if stop > position:
-                        wanted = rows[position:stop] - start
-                        yield from _group_payloads(file, group, column, wanted, path)
-                    start, position = start + size, stop
+        """Yield the payloads of rows, block after block; row groups without a wanted row are not read."""
+        for path, blocks in itertools.groupby(_by_block(rows, starts), lambda block: groups[block[0]].path):
+            with _parquet(system, path) as file:
+                for number, wanted in blocks:
+                    yield from _group_payloads(file, groups[number].number, column, wanted, Path(path).parent)
 
     return read
 
 
-def _group_payloads(file: Any, group: int, column: str, wanted: Labels, path: Path) -> Iterator[Any]:
+def _by_block(rows: Labels, starts: Labels) -> Iterator[tuple[int, Labels]]:
+    """Yield the number of each block and which of its rows, counted from its begin, are wanted, in the order given."""
+    block = np.searchsorted(starts, rows, side="right") - 1
+    ends = [*(np.flatnonzero(np.diff(block)) + 1), len(rows)] if len(rows) else []
+    for first, last in itertools.pairwise([0, *ends]):
+        number = int(block[first])
+        yield number, rows[first:last] - starts[number]
+
+
+def _group_payloads(file: Any, group: int, column: str, wanted: Labels, folder: Path) -> Iterator[Any]:
     first, position = 0, 0
-    for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=[column]):
+    for batch in file.iter_batches(batch_size=64, row_groups=[group], columns=[column]):
         stop = position + int(np.searchsorted(wanted[position:], first + len(batch)))
         for value in batch.column(0).take(wanted[position:stop] - first).to_pylist():
-            yield _payload(value, path.parent)
+            yield _payload(value, folder)
         first, position = first + len(batch), stop
+        if position == len(wanted):
+            return
 
 
 def _payload(value: Any, folder: Path) -> Any:
     if isinstance(value, dict):  # the hub's image struct
         return value["bytes"] if value.get("bytes") is not None else folder / str(value.get("path"))
     return folder / value if isinstance(value, str) else value
+
+
+def _open_tars(found: _Shards, label_column: str | None, image_column: str | None) -> Opened:
+    """Open WebDataset tars, where files of one name are a sample: gone through once for labels; nothing is decoded."""
+    raw: dict[str, list[Labels | list[Any]]] = {part: [] for part in found.parts}
+    columns = None
+    for part, paths in found.parts.items():
+        for path in paths:
+            own: list[Any] = []
+            for sample in _tar_samples(found.system, path):
+                if columns is None:
+                    columns = _tar_columns(sample, label_column, image_column, found.spec)
+                own.append(_label_of(sample, columns[1]))
+            raw[part].append(own)
+    if columns is None:
+        raise InputError(f"expected images in the tar files of {found.spec!r}, found none")
+    image, label = columns
+    labels, names, named = _encode(raw, (), label)
+    return (
+        {
+            part: ImageTable(
+                labels=labels[part],
+                read=_tar_reader(found.system, paths, _starts([len(own) for own in raw[part]]), image),
+                name=lambda row, part=part: f"sample {row} of the {part} split of {found.spec}",  # type: ignore[misc]
+                starts=_starts([len(own) for own in raw[part]]),
+            )
+            for part, paths in found.parts.items()
+        },
+        names,
+        named,
+    )
+
+
+def _tar_samples(system: Any, path: str) -> Iterator[dict[str, Any]]:
+    """Yield the samples of one tar, by the endings of their files (jpg, cls, json); images are not decoded.
+
+    Raises:
+        InputError: it cannot be read, or is not in WebDataset format.
+    """
+    import datasets
+
+    try:
+        files = {"train": [system.unstrip_protocol(path)]}
+        stream = datasets.load_dataset("webdataset", data_files=files, split="train", streaming=True)
+        yield from stream.decode(enable=False)
+    except Exception as error:  # as in `_find_shards`
+        raise InputError(f"cannot read {path!r} as a WebDataset: {first_line(error)}") from error
+
+
+def _tar_columns(
+    sample: Mapping[str, Any], label_column: str | None, image_column: str | None, where: str
+) -> tuple[str, str]:
+    """Return the image and the label column of a sample; what is in a json is called `json.NAME`."""
+    present = [name for name in sample if not name.startswith("__")]
+    images = [name for name in present if isinstance(sample[name], dict) and set(sample[name]) == {"bytes", "path"}]
+    others = [name for name in present if name not in images]
+    keys = [f"{name}.{key}" for name in others if isinstance(sample[name], dict) for key in sample[name]]
+    usual = ("cls", *(f"json.{name}" for name in LABEL_COLUMNS), "txt")
+    label = _choose(label_column, usual, [*present, *keys], "label", where, set())
+    return _choose(image_column, (), present, "image", where, set(images)), label
+
+
+def _label_of(sample: Mapping[str, Any], column: str) -> Any:
+    if column in sample:
+        return sample[column]
+    name, _, key = column.partition(".")
+    return (sample.get(name) or {}).get(key)
+
+
+def _tar_reader(system: Any, paths: Sequence[str], starts: Labels, column: str) -> Callable[[Labels], Iterator[Any]]:
+    def read(rows: Labels) -> Iterator[Any]:
+        """Yield the payloads of rows, tar after tar, each read up to the last wanted sample."""
+        for number, wanted in _by_block(rows, starts):
+            samples = _tar_samples(system, paths[number])
+            position = 0
+            for row in wanted:
+                sample = next(itertools.islice(samples, int(row) - position, None), None)
+                if sample is None:
+                    raise InputError(f"{paths[number]!r} has fewer samples than when it was opened")
+                position = int(row) + 1
+                yield _payload(sample[column], Path())
+
+    return read
 
 
 def _open_hub(name: str, label_column: str | None, image_column: str | None) -> Opened:
@@ -426,7 +647,7 @@ def _open_hub(name: str, label_column: str | None, image_column: str | None) -> 
     parts = {part: loaded[key] for part, key in chosen.items()}
     first = next(iter(parts.values()))
     (image, label), names = _columns(first.features.arrow_schema, label_column, image_column, f"hf:{name}")
-    labels, names, named = _encode({key: list(part[label]) for key, part in parts.items()}, names, label)
+    labels, names, named = _encode({key: [list(part[label])] for key, part in parts.items()}, names, label)
     return (
         {
             key: ImageTable(
@@ -565,7 +786,7 @@ def hold_out(dataset: Dataset[Any], *, share: float, most: int, seed: int) -> tu
         streams = (
             StreamedImages(
                 dataset.table.select(rows), dataset.preprocessing, seed=dataset.seed, shuffle=dataset.shuffle,
-                skip_bad=dataset.skip_bad,
+                skip_bad=dataset.skip_bad, held=dataset.held,
             )
             for rows in (kept, held)
         )  # fmt: skip
@@ -696,16 +917,25 @@ class Staged:
 
 
 def stage(
-    table: ImageTable, preprocessing: Preprocessing, *, skip_bad: bool = False, shuffle: bool = True, seed: int = 0
+    table: ImageTable,
+    preprocessing: Preprocessing,
+    *,
+    skip_bad: bool = False,
+    shuffle: bool = True,
+    seed: int = 0,
+    held: int | None = None,
 ) -> Staged:
     """Decode a small table into one uint8 tensor; give a large one back as a stream.
 
     Args:
         shuffle: whether a stream is shuffled each epoch; a tensor is shuffled by its loader.
+        held: bytes of decoded images to hold in memory, at most; None: HELD_BYTES. A stated number rather than what is
+            free: a stream is shuffled otherwise than a tensor, and another machine shall give the same result.
     """
     height, width = preprocessing.size
-    if len(table) * preprocessing.channels * height * width > STAGE_LIMIT_BYTES:
-        return Staged(StreamedImages(table, preprocessing, seed=seed, shuffle=shuffle, skip_bad=skip_bad), 0)
+    held = HELD_BYTES if held is None else held
+    if len(table) * image_bytes(preprocessing) > held:
+        return Staged(StreamedImages(table, preprocessing, seed=seed, shuffle=shuffle, skip_bad=skip_bad, held=held), 0)
     images = torch.empty((len(table), preprocessing.channels, height, width), dtype=torch.uint8)
     kept = torch.ones(len(table), dtype=torch.bool)
 
@@ -730,8 +960,8 @@ def stage(
 
 def measure_statistics(table: ImageTable, size: tuple[int, int], channels: int) -> Preprocessing:
     """Return preprocessing whose mean and std are those of up to 2,000 images of `table`, evenly spaced."""
-    sample = _evenly(table, max(1, min(2000, STAGE_LIMIT_BYTES // (channels * size[0] * size[1]))))
     plain = Preprocessing(size=size, mean=(0.0,) * channels, std=(1.0,) * channels, source="measured")
+    sample = _evenly(table, _at_most(2000, HELD_BYTES, plain))
     staged = stage(sample, plain, skip_bad=True).dataset
     if not isinstance(staged, TensorImages) or len(staged) == 0:
         raise InputError("cannot measure mean and std on these images; give them with --mean and --std")

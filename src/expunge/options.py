@@ -28,7 +28,8 @@ DataText = Annotated[
     typer.Option(
         "--data",
         metavar="SRC",
-        help="'digits', a folder (one sub-folder a class, or parquet), hf:NAME or torchvision:NAME.",
+        help="'digits', a folder (one sub-folder a class, parquet, or WebDataset tars), such files by a pattern or "
+        "a URL (s3://...), hf:NAME or torchvision:NAME.",
         rich_help_panel="Data",
     ),
 ]
@@ -48,6 +49,14 @@ PrecisionText = Annotated[
         "--precision",
         metavar="NAME",
         help="Of the sums within the model while it trains: fp32, bf16, or auto, the faster one for model and device.",
+    ),
+]
+Fsdp = Annotated[
+    bool,
+    typer.Option(
+        "--fsdp",
+        metavar="",
+        help="Of several processes, each holds a share of weights, gradients and optimizer state while training.",
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", metavar="", help="Print errors only.")]
@@ -82,6 +91,14 @@ class Reading:
             rich_help_panel="Data",
         ),
     ] = False
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Decoded images to hold at once, as 512M or 8G; more are streamed. By default 256M (an audit: 1G).",
+            rich_help_panel="Data",
+        ),
+    ] = None
     size: Annotated[
         str | None,
         typer.Option(
@@ -177,6 +194,12 @@ def spread(function: Command) -> Command:
     return cast(Command, command)
 
 
+def ask_for_shards(fsdp: bool) -> None:
+    """Have training sharded, where `fsdp`: said as launchers say it, before the processes are joined."""
+    if fsdp:
+        os.environ["EXPUNGE_FSDP"] = "1"
+
+
 def listed(text: str | None) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",")) if text is not None else ()
 
@@ -197,6 +220,7 @@ def data_options(data: str, reading: Reading) -> DataOptions:
         std=_numbers(reading.std, "--std"),
         channels=reading.channels,
         skip_bad=reading.skip_bad,
+        memory=_bytes(reading.memory),
     )
 
 
@@ -230,6 +254,20 @@ def _size(text: str | None) -> tuple[int, int] | None:
     if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise InputError(f"expected --size N or HxW in pixels, got {text!r}")
     return int(parts[0]), int(parts[-1])
+
+
+def _bytes(text: str | None) -> int | None:
+    from expunge.errors import InputError
+
+    if text is None:
+        return None
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
+    if not number.isdecimal() or int(number) == 0 or unit not in UNITS:
+        raise InputError(f"expected --memory as a number of bytes, or with K, M or G, got {text!r}")
+    return int(number) * UNITS[unit]
+
+
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
 def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:

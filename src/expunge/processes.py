@@ -22,6 +22,9 @@ from expunge.errors import InputError
 
 T = TypeVar("T")
 
+FSDP = "EXPUNGE_FSDP"
+"""Environment variable, "1" where training is to be sharded: set by `--fsdp` and by `accelerate launch --use_fsdp`."""
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -58,11 +61,12 @@ def several() -> bool:
 def _join() -> None:
     from accelerate import PartialState
 
-    for name, what in (("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")):
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
+        # ours to do (sharding.py): Accelerate would have model and optimizer handed over together
+        os.environ |= {FSDP: "1", "ACCELERATE_USE_FSDP": "false"}
+    for name, what in (("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")):
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1"):
-            raise InputError(
-                f"{what} is not supported: each process holds the whole model; leave it out of accelerate's options"
-            )
+            raise InputError(f"{what} is not supported: leave it out of accelerate's options, or use FSDP")
     on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
     # gloo beside NCCL carries what is on the CPU; without a GPU, Accelerate has to be told that there are processes
     PartialState(cpu=on_cpu, backend=None if on_cpu else "cuda:nccl,cpu:gloo")

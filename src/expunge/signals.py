@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,7 @@ from torch.utils.data import Dataset, IterableDataset
 from expunge.data import TensorImages, normalize
 from expunge.errors import DivergedError, InputError
 from expunge.journal import Journal, Meter
+from expunge.memory import images_that_fit
 from expunge.processes import Ranks, ranks
 from expunge.schema import Precision, Preprocessing, Signals, Split
 from expunge.training import (
@@ -250,6 +252,10 @@ def descend(
     targets = labels[share.rows].to(device)
     optimizer = torch.optim.Adam([images], lr)
     parts = Parts(meter, 0 if model.training else 1)
+    if parts.least:
+        # asked before, since a machine that runs out of memory ends the process instead of raising an error
+        one = partial(answer, model, images[:1], meter.precision)
+        parts.limit(len(images), images_that_fit(model, device, one))
 
     def learn(rows: slice) -> tuple[float, int]:
         mine = (images, targets) if rows == slice(0, len(images)) else (images[rows], targets[rows])

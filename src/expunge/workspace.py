@@ -48,6 +48,7 @@ class DataOptions:
     std: tuple[float, ...] | None = None
     channels: int | None = None  # 1 or 3
     skip_bad: bool = False
+    memory: int | None = None  # bytes of decoded images held at most; None: HELD_BYTES
 
 
 @dataclass(frozen=True)

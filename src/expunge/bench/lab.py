@@ -237,4 +237,6 @@ def _known(workspace: Workspace, original: Original) -> ImageTable:
 
 
 def _staged(table: ImageTable, workspace: Workspace, original: Original) -> Any:
-    return stage(table, workspace.preprocessing, skip_bad=original.options.skip_bad, shuffle=False).dataset
+    options = original.options
+    held = options.memory or 2 * 2**30  # more than by default: cells read the same images again and again
+    return stage(table, workspace.preprocessing, skip_bad=options.skip_bad, shuffle=False, held=held).dataset

@@ -85,7 +85,7 @@ def _shared(record: Part, model: Part, data: Part) -> Iterator[str]:
 def _reading(data: Part) -> Iterator[str]:
     """Yield how the data was to be read, as it was given."""
     options = data.get("options") or {}
-    for key in ("label_column", "image_column", "channels"):
+    for key in ("label_column", "image_column", "channels", "memory"):
         yield from _each(f"--{key.replace('_', '-')}", options.get(key))
     for key, between in (("class_names", ","), ("size", "x"), ("mean", ","), ("std", ",")):
         if options.get(key):
