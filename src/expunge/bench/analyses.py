@@ -81,8 +81,9 @@ def layer_distance(runs: Sequence[Run]) -> Found:
     """How far each parameter tensor moved from the original, and how far it is from the retrained model's."""
 
     def of(run: Run, series: str, to: str, distances: Mapping[str, Mapping[str, float]]) -> list[Row]:
+        dims = run.record["bench"]["dims"]
         return [
-            {"series": series, "to": to, "layer": name, "training_seed": run.seed, **found}
+            {"series": series, "to": to, "layer": name, "dims": dims.get(name), "training_seed": run.seed, **found}
             for name, found in distances.items()
         ]
 

@@ -54,10 +54,12 @@ MEASURES = {
 
 
 def distances_by_layer(rows: Sequence[Row]) -> Writer:
-    """Return a writer of relative distance by parameter tensor, to the original and to the retrained model."""
+    """Return a writer of relative distance by weight tensor, to the original and to the retrained model.
+
+    Tensors of one dimension (biases, scales of normalization layers) are in the rows alone: they hardly move.
+    """
     figure, panels = _panels(2, 1, width=9.0, height=3.6)
-    layers = [name for name in dict.fromkeys(row["layer"] for row in rows) if name != "total"]
-    weights = [name for name in layers if not name.endswith("bias")] or layers
+    weights = list(dict.fromkeys(row["layer"] for row in rows if (row["dims"] or 0) > 1))
     colors = _colors(row["series"] for row in rows)
     for panel, to in zip(panels[:, 0], ("original", "retrained"), strict=True):
         here = [row for row in rows if row["to"] == to]

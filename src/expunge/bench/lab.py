@@ -194,6 +194,7 @@ class Lab:
             "tuning": made.tuned,
             "zero_glance": "forget" not in made.reads,
             "reads": list(made.reads),
+            "dims": {name: tensor.ndim for name, tensor in made.model.named_parameters()},
             "judging_seconds": time.perf_counter() - judged,
         }
         if cell.keep:
