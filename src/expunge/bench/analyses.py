@@ -143,7 +143,7 @@ def sequential(runs: Sequence[Run]) -> Found:
             found.setdefault(("original", 0, run.seed), run.metrics["before"])
     rows: list[Row] = []
     told: list[Row] = []
-    for (series, number, seed), metrics in found.items():
+    for (series, number, seed), metrics in sorted(found.items(), key=lambda one: one[0][0] == "retrained"):
         key = {"series": series, "requests": number, "training_seed": seed}
         each = {name: metrics["per_class_accuracy"][name] for name in asked_at}
         rows += [key | {"class": name, "asked_at": at, "accuracy": each[name]} for name, at in asked_at.items()]
