@@ -1,4 +1,4 @@
-"""The paper's analyses: requests in sequence, the yardstick, and what each table says, on a network that trains fast."""
+"""The paper's analyses: requests in sequence, the yardstick, and what each table says, on a network trained fast."""
 
 from __future__ import annotations
 
