@@ -266,7 +266,8 @@ def gold_standard(runs: Sequence[Run]) -> Found:
             }
             for measure, (value, target) in _measured(run).items()
         ]
-    return Found(rows, rows, gaps_to_retrained(rows))
+    order = list(dict.fromkeys(row["measure"] for row in rows))
+    return Found(rows, sorted(rows, key=lambda row: order.index(row["measure"])), gaps_to_retrained(rows))
 
 
 PAIRWISE = {"tug_of_war": 1.0, "activation_distance": 0.0, "prediction_divergence_bits": 0.0}

@@ -194,7 +194,7 @@ def gaps_to_retrained(rows: Sequence[Row]) -> Writer:
         for name in dict.fromkeys(row["measure"] for row in rows)
         if max(abs(row["gap"]) for row in rows if row["measure"] == name) <= 1.5
     ]
-    figure, panels = _panels(1, 1, width=9.0, height=1.0 + 0.27 * len(measures))
+    figure, panels = _panels(1, 1, width=9.0, height=1.0 + 0.21 * len(measures))
     (panel,) = panels[0]
     for number, (series, color) in enumerate(_colors(row["series"] for row in rows).items()):
         for place, measure in enumerate(measures):
@@ -208,7 +208,7 @@ def gaps_to_retrained(rows: Sequence[Row]) -> Writer:
                 )  # fmt: skip
     panel.axvline(0, color="black", linewidth=1)
     panel.set_yticks(range(len(measures)), [name.replace("_", " ") for name in measures], fontsize=8)
-    panel.invert_yaxis()
+    panel.set_ylim(len(measures) - 0.3, -0.7)
     panel.set_xlabel("gap to the retrained model: mean, from least to most seed (a measure in steps is in the table)")
     panel.legend(fontsize=8, loc="best")
     return saved(figure)
