@@ -60,7 +60,7 @@ WITHOUT = {"unsir", "svd_class", "zero_shot_gkt", "head_mask"}
 def counted(run: Callable[[], object]) -> float:
     with FlopCount() as counter:
         run()
-    return counter.total
+    return float(counter.total)
 
 
 @pytest.fixture(scope="module")
