@@ -376,7 +376,7 @@ def bench(
         str,
         typer.Argument(
             metavar="SUITE",
-            help="quick (digits, no download), slice (of CIFAR-10), field, paper, scaling, or own (your weights).",
+            help="quick (digits, no download), slice (of CIFAR-10), field, paper, analyses, scaling, own (yours).",
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where records, tables and plots go; shared, if you like.")],
@@ -384,7 +384,7 @@ def bench(
         str | None,
         typer.Option(
             metavar="SRC",
-            help="CIFAR-10 (slice, field), the folder with cifar10, cifar100 and yaleb (paper), or your data (own).",
+            help="CIFAR-10 (slice, field), the folder of cifar10, cifar100 and yaleb (paper), yours (own, analyses).",
             rich_help_panel="What",
         ),
     ] = None,
@@ -412,6 +412,12 @@ def bench(
     audits: Annotated[
         str | None,
         typer.Option(metavar="A,B", help="Attacks of expunge audit, on every cell.", rich_help_panel="What"),
+    ] = None,
+    analysis: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B", help="Only these of the paper's analyses (suite analyses).", rich_help_panel="What"
+        ),
     ] = None,
     weights: Annotated[
         Path | None, typer.Option(metavar="W", help="Your trained weights.", rich_help_panel="Your own (suite own)")
@@ -479,6 +485,7 @@ def bench(
             seeds=seeds,
             trials=trials,
             audits=listed(audits),
+            analysis=listed(analysis),
             model=model,
             weights=weights,
             epochs=epochs,

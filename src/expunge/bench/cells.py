@@ -100,6 +100,9 @@ class Cell:
     reference: bool = True  # compare with a retrained model
     audits: tuple[str, ...] = ()  # of expunge.AUDITS; a probe of the last features is made always
     count_flops: bool = False  # run the method a second time to count; see cost.py
+    after: Cell | None = None  # start from the model that this one made: requests in sequence
+    keep: bool = False  # keep the weights that the method made, for the next request
+    judged: Reference | None = None  # no method runs: another retrained model is judged as if it were unlearned
 
     @property
     def id(self) -> str:
@@ -107,14 +110,21 @@ class Cell:
             self.original.id, sorted(self.forget), self.settings, self.tuning.id if self.tuning else None,
             self.retain_per_class, self.test_per_class, self.reference, self.audits, self.count_flops,
         ]  # fmt: skip
+        rest += [one.id for one in (self.after, self.judged) if one is not None] + ["kept"] * self.keep
         original = f"{slug(self.original.data)}-{model_name(self.original.model)}-t{self.original.seed}"
         variant = "tuned" if self.tuning else self.preset
         return f"{original}-{classes_name(self.forget)}-{self.method}-{variant}-u{self.seed}-{_hash(rest)}"
 
     @property
+    def gone(self) -> tuple[str, ...]:
+        """Classes that the result shall not know: those of earlier requests, then its own."""
+        return (*(self.after.gone if self.after else ()), *self.forget)
+
+    @property
     def needs(self) -> tuple[Item, ...]:
-        reference = (Reference(original=self.original, forget=self.forget),) if self.reference else ()
-        return (self.original, *reference, *((self.tuning,) if self.tuning else ()))
+        reference = (Reference(original=self.original, forget=self.gone),) if self.reference else ()
+        others = [item for item in (self.tuning, self.after, self.judged) if item is not None]
+        return (self.original, *reference, *others)
 
 
 Item = Original | Reference | Tuning | Cell

@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from expunge.bench.analyses import writers as analysis_writers
 from expunge.bench.cells import Cell, folder_of, with_needs
 from expunge.bench.overview import bench_record
 from expunge.bench.plots import cost_against_quality, forget_against_retain, growth
 from expunge.bench.records import status_of
 from expunge.bench.runner import Result, run_cells, submit_cells
 from expunge.bench.scaling import FACTORS, growth_table, growths
+from expunge.bench.series import Point
 from expunge.bench.standing import Line, Standing
-from expunge.bench.suites import Request, suite_cells
-from expunge.bench.tables import csv_writer, latex, markdown, parquet_writer, summarize, tidy_rows
+from expunge.bench.suites import Request, analysis_points, suite_cells
+from expunge.bench.tables import comparable, csv_writer, latex, markdown, parquet_writer, summarize, tidy_rows
 from expunge.commands import check_writable
 from expunge.data import open_source, resolve_classes
 from expunge.errors import InputError
@@ -105,7 +107,7 @@ def bench_command(
             told=lambda item, record: tell(standing.finish(item, record)),
         )
     record = bench_record(suite, request, cells, out)
-    files = write_tables(cells, out, record)
+    files = write_tables(cells, out, record, analysis_points(request) if suite == "analyses" else {})
     write_pages(record, out, stale_only=True)
     return Outcome(result, files, record)
 
@@ -149,10 +151,16 @@ def _newer(page: Path, record: Path) -> bool:
     return page.exists() and page.stat().st_mtime >= record.stat().st_mtime
 
 
-def write_tables(cells: Sequence[Cell], out: Path, record: Mapping[str, Any]) -> tuple[Path, ...]:
-    """Write the record of the whole, its page, tables and plots of what is done so far; return their paths."""
+def write_tables(
+    cells: Sequence[Cell], out: Path, record: Mapping[str, Any], points: Mapping[str, Sequence[Point]]
+) -> tuple[Path, ...]:
+    """Write the record of the whole, its page, tables and plots of what is done so far; return their paths.
+
+    Args:
+        points: of the paper's analyses, by name, where the suite has them.
+    """
     rows = tidy_rows(cells, out)
-    summaries = summarize(rows)
+    summaries = summarize(comparable(rows))
     writers: dict[Path, Callable[[Path], None]] = {
         out / "report.html": text_writer(bench_html(record)),
         out / "bench.json": json_writer(record),
@@ -173,6 +181,8 @@ def write_tables(cells: Sequence[Cell], out: Path, record: Mapping[str, Any]) ->
                 here = [one for one in found if (one.factor, one.cost) == (factor, cost)]
                 if here:
                     writers[out / "plots" / f"scaling_{factor}_{cost}.svg"] = growth(here, cost, factor)
+    if points:
+        writers |= analysis_writers(points, out)
     write_atomically(writers)
     return tuple(writers)
 

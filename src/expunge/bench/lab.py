@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import Dataset
 
+from expunge import __version__
 from expunge.audits import AUDITS, features_of, linear_probe, nearest_class_mean
 from expunge.bench.cells import Cell, Original, Reference, Tuning, folder_of
 from expunge.bench.cost import measured
@@ -22,12 +23,27 @@ from expunge.config import as_json, override
 from expunge.data import ImageTable, draw, stage, without
 from expunge.errors import InputError
 from expunge.evaluation import environment, evaluate
+from expunge.journal import Journal
 from expunge.methods import METHODS, PRESETS
 from expunge.schema import Preprocessing, Split
+from expunge.weights import save_weights
 from expunge.workspace import Workspace, open_workspace
 
 WEIGHTS = "weights.safetensors"
 PROBE_IMAGES = 300  # of each class, that a probe of the last features trains on; as in docs/research/calibration.md
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """A model to judge, and how it came about."""
+
+    model: nn.Module
+    preprocessing: Preprocessing
+    config: Mapping[str, Any]
+    reads: tuple[str, ...]
+    journal: Journal = field(default_factory=Journal)
+    cost: Mapping[str, Any] = field(default_factory=dict)  # empty: no method ran
+    tuned: Mapping[str, Any] | None = None
 
 
 @dataclass
@@ -83,10 +99,10 @@ class Lab:
         workspace = open_workspace(original.options, original.model, path, seed=0, device=self.device)
         return {"training": workspace.metadata.training, "environment": environment(workspace.model)}
 
-    def _open(self, original: Original, forget: Sequence[str], *, without_them: bool = False) -> Workspace:
-        """Open an original, or the reference that never saw the classes `forget`."""
-        item: Original | Reference = Reference(original=original, forget=tuple(forget)) if without_them else original
-        own = original.weights if not without_them else None
+    def _open(self, item: Original | Reference | Cell, forget: Sequence[str]) -> Workspace:
+        """Open an original, a reference, or what a cell made of an original; images of `forget` are left out."""
+        original = item if isinstance(item, Original) else item.original
+        own = original.weights if item is original else None
         weights = own or folder_of(item, self.out) / WEIGHTS
         return open_workspace(original.options, original.model, weights, leave_out=forget, seed=0, device=self.device)
 
@@ -135,26 +151,15 @@ class Lab:
         return as_json(found) | {"sizes": sizes, "environment": environment(workspace.model)}  # type: ignore[no-any-return]
 
     def _run(self, cell: Cell) -> dict[str, Any]:
-        method = METHODS[cell.method]
-        workspace = self._open(cell.original, cell.forget)
+        workspace = self._open(cell.after or cell.original, cell.forget)
         split, sizes = self._split(workspace, cell)
-        if not method.zero_glance and split.forget is None:
-            raise InputError(f"the method {cell.method} reads images of the classes to forget, and the data has none")
-        tuned = self._tuned(cell)
-        settings = tuple(tuned["settings"]) if tuned else cell.settings
-        config = override(PRESETS[cell.method][cell.preset](), settings)
-        unlearned, journal, cost = measured(
-            lambda journal: method(workspace.model, method.view(split), config, seed=cell.seed, journal=journal),
-            workspace.model,
-            split.forget_classes,
-            count_flops=cell.count_flops,
-        )
-        phases = list(journal.phases)
+        made = self._unlearn(cell, workspace, split) if cell.judged is None else self._judged(cell, cell.judged)
+        phases = list(made.journal.phases)
         reference = (
             self._once(
                 "reference",
-                (cell.original.id, cell.forget),
-                lambda: self._open(cell.original, cell.forget, without_them=True),
+                (cell.original.id, cell.gone),
+                lambda: self._open(Reference(original=cell.original, forget=cell.gone), cell.gone),
             )
             if cell.reference
             else None
@@ -167,30 +172,79 @@ class Lab:
         judged = time.perf_counter()
         record = evaluate(
             workspace.model,
-            unlearned,
+            made.model,
             replace(split, test=held_out),
             reference.model if reference else None,
+            unlearned_preprocessing=made.preprocessing,
             retrained_preprocessing=reference.preprocessing if reference else None,
             audits=[AUDITS[name] for name in cell.audits],
             method=cell.method,
-            config={"preset": cell.preset, "settings": list(settings)} | as_json(config),
+            config=made.config,
             seed=cell.seed,
             phases=phases,
-            journal=journal,
+            journal=made.journal,
         )
-        models = {"before": (workspace.model, workspace.preprocessing), "after": (unlearned, workspace.preprocessing)}
+        models = {"before": (workspace.model, workspace.preprocessing), "after": (made.model, made.preprocessing)}
         if reference is not None:
             models["retrained"] = (reference.model, reference.preprocessing)
         bench = {
-            "cost": asdict(cost),
+            "cost": made.cost,
             "sizes": sizes | {"test": len(held_out), "classes": len(workspace.class_names)},
             "probes": self._probes(cell, workspace, models, held_out),
-            "tuning": tuned,
-            "zero_glance": method.zero_glance,
-            "reads": sorted(method.reads),
+            "tuning": made.tuned,
+            "zero_glance": "forget" not in made.reads,
+            "reads": list(made.reads),
+            "dims": {name: tensor.ndim for name, tensor in made.model.named_parameters()},
             "judging_seconds": time.perf_counter() - judged,
         }
+        if cell.keep:
+            self._keep(cell, workspace, made.model)
         return as_json(record) | {"bench": bench}  # type: ignore[no-any-return]
+
+    def _unlearn(self, cell: Cell, workspace: Workspace, split: Split) -> Made:
+        """Run the cell's method, and measure what it costs."""
+        method = METHODS[cell.method]
+        if not method.zero_glance and split.forget is None:
+            raise InputError(f"the method {cell.method} reads images of the classes to forget, and the data has none")
+        tuned = self._tuned(cell)
+        settings = tuple(tuned["settings"]) if tuned else cell.settings
+        config = override(PRESETS[cell.method][cell.preset](), settings)
+        unlearned, journal, cost = measured(
+            lambda journal: method(workspace.model, method.view(split), config, seed=cell.seed, journal=journal),
+            workspace.model,
+            split.forget_classes,
+            count_flops=cell.count_flops,
+        )
+        return Made(
+            model=unlearned,
+            preprocessing=workspace.preprocessing,
+            journal=journal,
+            config={"preset": cell.preset, "settings": list(settings)} | as_json(config),
+            cost=asdict(cost),
+            tuned=tuned,
+            reads=tuple(sorted(method.reads)),
+        )
+
+    def _judged(self, cell: Cell, reference: Reference) -> Made:
+        """Return another retrained model as if a method had made it; what that cost is in the reference's record."""
+        other = self._open(reference, reference.forget)
+        config = {"preset": cell.preset, "settings": []}
+        return Made(model=other.model, preprocessing=other.preprocessing, config=config, reads=("retain",))
+
+    def _keep(self, cell: Cell, workspace: Workspace, model: nn.Module) -> None:
+        """Keep weights for the next request; they are there before the record is, which says that they are."""
+        names = workspace.class_names
+        gone = tuple(names[label] for label in sorted({*workspace.gone_before, *workspace.left_out}))
+        metadata = replace(
+            workspace.metadata,
+            model=workspace.spec.text,
+            class_names=names,
+            preprocessing=workspace.preprocessing,
+            forgotten=gone,
+            made_by=f"expunge {__version__} bench",
+            training=None,
+        )
+        save_weights(model, folder_of(cell, self.out) / WEIGHTS, metadata)
 
     def _tuned(self, cell: Cell) -> dict[str, Any] | None:
         if cell.tuning is None:
@@ -224,7 +278,7 @@ class Lab:
                 "nearest_class_mean": nearest_class_mean(train, test, workspace.left_out),
             }
 
-        key = (cell.original.id, cell.forget, cell.test_per_class)
+        key = (cell.original.id, cell.after and cell.after.id, cell.forget, cell.test_per_class)
         return {
             role: probe(role) if role == "after" else self._once(f"probe {role}", key, partial(probe, role))
             for role in models

@@ -17,7 +17,7 @@ from expunge.bench.cells import Cell, folder_of, with_needs
 from expunge.bench.leaderboard import FIGURES, RULE, Standing, standings
 from expunge.bench.records import read
 from expunge.bench.suites import SUITES, Request
-from expunge.bench.tables import COLUMNS, Row, Summary, kind_of, missing_row, row_of, summarize
+from expunge.bench.tables import COLUMNS, Row, Summary, comparable, kind_of, missing_row, row_of, summarize
 from expunge.config import as_json
 from expunge.evaluation import GOAL_FORGET, GOAL_RETAIN_DROP
 from expunge.metrics import Interval
@@ -82,6 +82,7 @@ def _work(cells: Sequence[Cell], out: Path) -> dict[str, float]:
 
 def _groups(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Return, for each data set, model and set of classes, the models to compare with and the leaderboard."""
+    rows = comparable(rows)
     groups: dict[tuple[str, str, str], list[Summary]] = {}
     for one in summarize(rows, FIGURES):
         groups.setdefault((one.data, one.model, one.forget), []).append(one)

@@ -66,7 +66,7 @@ def growth(found: Sequence[Growth], cost: str, factor: str) -> Writer:
         style = ("-", "--", ":", "-.")[number // 10 % 4]
         axes.plot(one.x, one.y, style, marker=".", label=f"{one.method}: {one.exponent.value:.2f}")
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=7, title="exponent", frameon=False)
-    return _saved(figure)
+    return saved(figure)
 
 
 def _axes(x: str, y: str, *, panels: int = 1) -> tuple[Any, Any]:
@@ -126,14 +126,15 @@ def _writer(figure: Any, axes: Any, group: Sequence[Summary], *, legend: Any) ->
     legend.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=7, frameon=False, ncols=columns)
     kinds = "; ".join(f"{kind}: {color}" for kind, color in _words().items())
     figure.supxlabel(f"{kinds}; square: tuned; bars: 95 % interval over seeds", fontsize=7)
-    return _saved(figure)
+    return saved(figure)
 
 
 def _words() -> dict[str, str]:
     return {"zero-glance": "blue", "reads forget data": "orange", "control": "grey"}
 
 
-def _saved(figure: Any) -> Writer:
+def saved(figure: Any) -> Writer:
+    """Return a writer of a figure as SVG."""
     import matplotlib
 
     def write(path: Path) -> None:

@@ -212,6 +212,8 @@ def _asked(item: Item) -> dict[str, Any]:
     """Return an item as JSON, without where things lie on this machine."""
     asked: dict[str, Any] = json.loads(json.dumps(as_json(item), default=lambda path: Path(path).name))
     asked.pop("tuning", None)
+    if isinstance(item, Cell):
+        asked |= {"after": item.after and item.after.id, "judged": item.judged and item.judged.id}
     original = asked.get("original", asked)
     original["options"].pop("spec")
     return asked

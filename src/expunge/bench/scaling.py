@@ -67,6 +67,7 @@ def growths(rows: Sequence[Row]) -> list[Growth]:
                 for row in done
                 if row["method"] == method
                 and row["variant"] == row["preset"]
+                and not row["settings"]
                 and all(row[name] == usual[name] for name in others)
                 and row[factor] is not None
             ]
@@ -80,7 +81,8 @@ def growths(rows: Sequence[Row]) -> list[Growth]:
 
 def _cost(row: Row, cost: str) -> float | None:
     if cost == "samples":
-        return float(sum(row[f"samples_{kind}"] for kind in ("retain", "forget", "synthetic")))
+        counts = [row[f"samples_{kind}"] for kind in ("retain", "forget", "synthetic")]
+        return None if None in counts else float(sum(counts))  # None: no method ran
     return None if row[cost] is None else float(row[cost])
 
 

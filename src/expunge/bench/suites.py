@@ -9,6 +9,7 @@ from pathlib import Path
 
 from expunge.audits import AUDITS
 from expunge.bench.cells import Cell, Original, Tuning, slug
+from expunge.bench.series import Base, Contender, Point, grids
 from expunge.commands import TRAIN_DEFAULT
 from expunge.errors import InputError
 from expunge.methods import METHODS
@@ -34,11 +35,12 @@ class Request:
     methods: tuple[str, ...] = ()
     seeds: int | None = None  # training seeds: 0, 1, ...; of `own`: unlearning seeds
     trials: int | None = None  # of tuning, the default settings being the first; 1: no tuning
-    audits: tuple[str, ...] = ()  # of expunge.AUDITS, for every cell
-    model: str | None = None  # of `own`
+    audits: tuple[str, ...] = ()  # of expunge.AUDITS, for every cell; in `analyses` of the gold standard alone
+    analysis: tuple[str, ...] = ()  # of `analyses`: only these
+    model: str | None = None  # of `own` and `analyses`
     weights: Path | None = None  # of `own`
     epochs: int | None = None  # of the references of `own`; 0: none are trained
-    retain_per_class: int | None = None  # of `own`
+    retain_per_class: int | None = None  # of `own` and `analyses`
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,42 @@ def scaling(request: Request) -> list[Cell]:
     return [replace(cell, count_flops=True) for step in dict.fromkeys(grown) for cell in cells(*step)]
 
 
+def analyses(request: Request) -> list[Cell]:
+    """The paper's analyses, on digits or on the data that is given."""
+    points = analysis_points(request)
+    return list({one.cell.id: one.cell for found in points.values() for one in found}.values())
+
+
+def analysis_points(request: Request) -> dict[str, list[Point]]:
+    """Return the cells of each analysis with their places in it.
+
+    Without data: digits. With data, and no model named: the small network and 300 images a class of `slice`. With a
+    model: that one, on all images.
+    """
+    small = request.model is None or request.data is None
+    given = request.data or DataOptions(spec="digits")
+    epochs = 12 if request.data is None or not small else 20
+    original = Original(
+        data="digits" if request.data is None else slug(Path(given.spec).name),
+        options=given,
+        model=request.model or "allcnn?width=32",
+        recipe=replace(TRAIN_DEFAULT, epochs=epochs, batch_size=64) if small else TRAIN_DEFAULT,
+        per_class=300 if small and request.data is not None else None,
+    )
+    base = Base(
+        originals=tuple(replace(original, seed=seed) for seed in range(request.seeds or 3)),
+        sets=request.classes or (("3",), ("8",), ("1",), ("5",)),
+        retain_per_class=request.retain_per_class or (100 if small else 1000),
+        test_per_class=100 if original.per_class else None,
+        others=tuple(
+            Contender(method, method, _preset(method, original, small))
+            for method in request.methods or ("fine_tune", "neg_grad", "fisher")
+        ),
+        audits=request.audits,
+    )
+    return grids(base, request.analysis)
+
+
 BASE = ("classes", "methods", "seeds", "trials", "audits")
 
 SUITES: Mapping[str, Suite] = {
@@ -226,6 +264,12 @@ SUITES: Mapping[str, Suite] = {
         "all methods on your weights, your data, your classes",
         ("data", "weights", "classes"),
         ("methods", "seeds", "trials", "audits", "model", "epochs", "retain_per_class"),
+    ),
+    "analyses": Suite(
+        analyses,
+        "the paper's analyses, each a table and a plot; digits, or your data",
+        (),
+        ("data", "analysis", "classes", "methods", "seeds", "audits", "model", "retain_per_class"),
     ),
     "scaling": Suite(scaling, "how cost grows with classes, retained images and weights; digits", (), ("methods",)),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from expunge.bench.cells import Cell, folder_of, model_name
 from expunge.bench.records import read
 from expunge.bench.suites import CONTROLS
+from expunge.methods import METHODS
 from expunge.metrics import Interval, mean_interval
 
 Row = Mapping[str, Any]
@@ -26,7 +28,7 @@ TEXT, WHOLE, REAL, TRUTH = pa.string(), pa.int64(), pa.float64(), pa.bool_()
 COLUMNS: Mapping[str, Any] = {
     "id": TEXT, "status": TEXT, "error": TEXT,
     "data": TEXT, "model": TEXT, "model_spec": TEXT, "parameters": WHOLE,
-    "forget": TEXT, "num_forget_classes": WHOLE, "num_classes": WHOLE,
+    "forget": TEXT, "forgotten_before": TEXT, "num_forget_classes": WHOLE, "num_classes": WHOLE,
     "method": TEXT, "variant": TEXT, "preset": TEXT, "settings": TEXT, "zero_glance": TRUTH, "reads": TEXT,
     "training_seed": WHOLE, "unlearning_seed": WHOLE,
     "retain_per_class": WHOLE, "retain_samples": WHOLE, "forget_samples": WHOLE, "test_samples": WHOLE,
@@ -61,10 +63,12 @@ def missing_row(cell: Cell) -> dict[str, Any]:
         "model": model_name(original.model),
         "model_spec": original.model,
         "forget": "+".join(cell.forget),
+        "forgotten_before": "+".join(cell.after.gone if cell.after else ()),
         "num_forget_classes": len(cell.forget),
         "method": cell.method,
         "variant": "tuned" if cell.tuning else cell.preset,
         "preset": cell.preset,
+        "settings": " ".join(cell.settings),
         "training_seed": original.seed,
         "unlearning_seed": cell.seed,
         "retain_per_class": cell.retain_per_class,
@@ -222,6 +226,26 @@ def kind_of(method: str, reads: str) -> Kind:
     if method in CONTROLS:
         return "control"
     return "reads forget data" if "forget" in reads.split("+") else "zero-glance"
+
+
+def comparable(rows: Sequence[Row]) -> list[Row]:
+    """Return rows of methods as a preset or a search has them, for tables that lay methods side by side.
+
+    Left out are settings by hand, requests after others, models that no method made, and, for each data set and model,
+    retain samples of another size than most have.
+    """
+    plain = [
+        row
+        for row in rows
+        if row["method"] in METHODS
+        and not row["forgotten_before"]
+        and (row["variant"] == "tuned" or not row["settings"])
+    ]
+    sizes: dict[tuple[str, str], Counter[int | None]] = {}
+    for row in plain:
+        sizes.setdefault((row["data"], row["model_spec"]), Counter())[row["retain_per_class"]] += 1
+    usual = {place: counts.most_common(1)[0][0] for place, counts in sizes.items()}
+    return [row for row in plain if row["retain_per_class"] == usual[row["data"], row["model_spec"]]]
 
 
 def summarize(rows: Iterable[Row], figures: Sequence[Figure] = FIGURES) -> list[Summary]:
@@ -422,10 +446,12 @@ def _marks(group: Sequence[Summary]) -> dict[str, str | None]:
 
 
 def _shown(one: Summary, figure: Figure) -> str:
-    """Return mean ± half width; the mean alone where one seed tells no width."""
     found = one.figures.get(figure.name)
-    if found is None:
-        return ""
+    return "" if found is None else shown(found, figure)
+
+
+def shown(found: Interval, figure: Figure) -> str:
+    """Return mean ± half width; the mean alone where one seed tells no width."""
     text = f"{found.value:.{figure.digits}f}"
     if not math.isfinite(found.high):
         return text

@@ -552,9 +552,7 @@ class _Calibrated:
         )
         return impaired, outcome
 
-    def _repair(
-        self, model: nn.Module, lesson: Lesson, goal: float, number: int
-    ) -> tuple[nn.Module, Signals]:
+    def _repair(self, model: nn.Module, lesson: Lesson, goal: float, number: int) -> tuple[nn.Module, Signals]:
         """Repair in cycles until retained accuracy is back or stalls; return the best of them and what it shows."""
         first = self.config.repair
         best: tuple[nn.Module, Signals] | None = None
