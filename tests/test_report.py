@@ -199,7 +199,7 @@ def test_figures_that_are_no_shares_get_their_own_scale() -> None:
         measured["value"] = 7.5
     record["audits"]["made up"] = made
     boards = {one["name"]: one["board"] for one in page_of(record)["sections"]["attacks"]["boards"]}
-    assert boards["Rmia"].rows[0].marks["unlearned"].text == "0.43"
+    assert boards["RMIA"].rows[0].marks["unlearned"].text == "0.43"
     assert page_of(record)["sections"]["attention"]["board"].ticks[0] == (0, "-1")
     assert boards["Made up"].ticks[-1] == (100, "7.5")
     assert boards["Made up"].rows[0].marks["unlearned"].at == 100
