@@ -26,6 +26,7 @@ from expunge.report import canonical_json, check_record, html_report, markdown_s
 from expunge.report.page import SECTIONS, page_of
 from expunge.report.reading import LAYERS as REPORT_LAYERS
 from expunge.report.rerun import rerun
+from expunge.report.sections import inside
 from expunge.weights import load_weights
 from test_cli import Trained, assert_refused, invoke, trained
 
@@ -199,7 +200,7 @@ def test_figures_that_are_no_shares_get_their_own_scale() -> None:
         measured["value"] = 7.5
     record["audits"]["made up"] = made
     boards = {one["name"]: one["board"] for one in page_of(record)["sections"]["attacks"]["boards"]}
-    assert boards["Rmia"].rows[0].marks["unlearned"].text == "0.43"
+    assert boards["RMIA"].rows[0].marks["unlearned"].text == "0.43"
     assert page_of(record)["sections"]["attention"]["board"].ticks[0] == (0, "-1")
     assert boards["Made up"].ticks[-1] == (100, "7.5")
     assert boards["Made up"].rows[0].marks["unlearned"].at == 100
@@ -515,3 +516,14 @@ def test_the_command_names_every_option() -> None:
     other = rerun(record)
     assert other is not None
     assert "--device" not in other["command"]
+
+
+def test_blocks_stand_in_the_order_they_run() -> None:
+    record = copy.deepcopy(STORED["audit"])
+    figure = record["audits"]["linear_probe"]["figures"]["head input"]
+    names = ["after stem.11", "after stem.4", "after last", "head input"]
+    record["audits"]["linear_probe"]["figures"] = dict.fromkeys(sorted(names), figure)
+    shown = [row.name for row in inside(record)[0]["board"].rows]
+    assert shown == ["after last", "after stem.4", "after stem.11", "head input"]  # by number, where nothing tells
+    record["audits"]["linear_probe"]["details"] = {"original": {"blocks": names}}
+    assert [row.name for row in inside(record)[0]["board"].rows] == names

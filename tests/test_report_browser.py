@@ -90,6 +90,7 @@ class Seen:
 
 def look(browser: Browser, path: Path, width: int = 1280, scheme: Any = "light") -> Seen:
     context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    context.set_default_timeout(120_000)  # on a machine that others use too
     seen = Seen(context.new_page())
     seen.page.on("request", lambda request: seen.requests.append(request.url))
     seen.page.on("console", lambda message: seen.complaints.append(message.text))

@@ -230,7 +230,7 @@ def test_one_attack_that_finds_more_than_in_the_retrained_model_is_enough(audit:
     original, _, retrained = GOOD[audit][name]
     told = judged(role(0.0), {audit: GOOD[audit] | {name: (original, 0.75, retrained)}})
     assert answers(told) == expected(gone_inside="no")
-    assert told[INSIDE]["evidence"][0].startswith(f"{audit} ({name}): unlearned 75.0 %")
+    assert told[INSIDE]["evidence"][0].startswith(f"{audit.replace('_', ' ')} ({name}): unlearned 75.0 %")
     assert "more than the 5.0 points that do not matter" in told[INSIDE]["evidence"][0]
     less = judged(role(0.0), {audit: GOOD[audit] | {name: (original, 0.1, retrained)}})
     assert answers(less) == expected()  # less than a retrained model knows is no knowledge
