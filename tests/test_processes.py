@@ -224,11 +224,14 @@ def test_a_killed_process_ends_the_run(
 ) -> None:
     """Twenty runs, in each of which a random process is killed at a random time."""
     rng = random.Random(0)
+    began = time.monotonic()
+    finish(start(case.words(tmp_path / "whole", "--quiet", "--no-ledger"), 2), 600)
+    whole = time.monotonic() - began  # as long as it takes on a machine as busy as this one
     runs, lasted, waited = int(os.environ.get("EXPUNGE_KILLS", "20")), [], []
     for run in range(runs):
         out = tmp_path / f"out{run}"
         processes = start(case.words(out, "--quiet", "--no-ledger"), 2)
-        time.sleep(rng.uniform(4, 16))
+        time.sleep(rng.uniform(0.3, 1) * whole)  # before, they may not have met, and wait long for each other
         victim = rng.choice(processes)
         alive = victim.poll() is None
         victim.send_signal(signal.SIGKILL)
@@ -243,6 +246,7 @@ def test_a_killed_process_ends_the_run(
             assert "Traceback" not in errors
     figures = {
         "runs": runs,
+        "whole_run_seconds": round(whole, 1),
         "killed_while_running": sum(alive for alive, *_ in lasted),
         "longest_wait_seconds": round(max(waited), 1),
         "had_written_everything": sum(bool(written) for *_, written in lasted),

@@ -177,14 +177,24 @@ def image_bytes(preprocessing: Preprocessing) -> int:
 
 
 def shuffled(stream: Iterator[Sample], size: int, rng: np.random.Generator) -> Iterator[Sample]:
-    """Yield the items of `stream` in an order shuffled through a buffer of `size` items."""
-    buffer = list(itertools.islice(stream, size))
-    for item in stream:
-        index = int(rng.integers(len(buffer)))
-        yield buffer[index]
-        buffer[index] = item
-    for index in rng.permutation(len(buffer)):
-        yield buffer[index]
+    """Yield (uint8 image, label) of `stream` in an order shuffled through a buffer of `size` images.
+
+    The buffer is one piece of memory: images that come and go one by one leave holes between those that stay.
+    """
+    first = next(stream, None)
+    if first is None:
+        return
+    held, labels, count = torch.empty((size, *first[0].shape), dtype=torch.uint8), [0] * size, 0
+    for image, label in itertools.chain([first], stream):
+        index = count
+        if count < size:
+            count += 1
+        else:
+            index = int(rng.integers(size))
+            yield held[index].clone(), labels[index]
+        held[index], labels[index] = image, label
+    for index in rng.permutation(count):
+        yield held[index].clone(), labels[index]
 
 
 # Opening a source

@@ -139,9 +139,10 @@ def tell_failure() -> bool:
 def is_lost_connection(error: BaseException) -> bool:
     """Return whether `error` came of another process that ended."""
     text = str(error)
-    return dist.is_initialized() and (
-        isinstance(error, dist.DistError)
-        or (isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "NCCL", "Connection", "peer")))
+    return isinstance(error, dist.DistError) or (  # the first kind also where it ended before all were joined
+        dist.is_initialized()
+        and isinstance(error, RuntimeError)
+        and any(word in text for word in ("gloo", "NCCL", "Connection", "peer"))
     )
 
 
