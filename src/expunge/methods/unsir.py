@@ -52,7 +52,7 @@ class Calibration:
     check_every: int = 8  # impair steps between readings
     called: float = 0.05  # a class counts as gone where no more of its impressions, of any kind, are called it,
     probability: float = 0.005  # and, after repair, where its mean probability on them is nowhere higher
-    floor: float = 0.1  # agreement with the original, beyond chance, below which impair did too much
+    floor: float = 0.2  # agreement with the original, beyond chance, below which impair did too much
     trials: int = 4  # rates that impair may try in a round, each half the one before and from the same weights
     rounds: int = 2  # times that impair and repair may be done; the second at twice the rate where the class is left
     cycles: int = 2  # of repair in a round; those after the first are a quarter as long, at half the rate
@@ -85,7 +85,7 @@ class UnsirConfig:
     noise_repeats: int | None = None  # times each noise image is shown in a pass; None: as noise_share asks
     impair: TrainConfig = field(
         default_factory=lambda: TrainConfig(
-            steps=48, lr=0.005, batch_size=128, schedule="one_cycle", update_norm_statistics=False
+            steps=48, lr=0.004, batch_size=128, schedule="one_cycle", update_norm_statistics=False
         )
     )
     impressions: int = 96  # images the original calls a forget class, of all classes together; 0: none (paper)
