@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset
 
@@ -870,11 +870,25 @@ def _open_image(payload: Any, name: str) -> Image.Image:
             return payload
         if isinstance(payload, np.ndarray):
             return Image.fromarray(payload)
-        image = Image.open(io.BytesIO(payload) if isinstance(payload, bytes) else payload)
+        image = _of_any_format(payload)
         image.load()
         return ImageOps.exif_transpose(image)
     except (OSError, ValueError, SyntaxError, TypeError, AttributeError, Image.DecompressionBombError) as error:
         raise InputError(f"cannot decode {name} ({first_line(error)}); remove it or pass --skip-bad") from error
+
+
+USUAL_FORMATS = ("JPEG", "PNG", "WEBP")
+"""Tried first: each is known by its first bytes, while Pillow asks half a dozen others to read the file before."""
+
+
+def _of_any_format(payload: Any) -> Image.Image:
+    def file() -> Any:
+        return io.BytesIO(payload) if isinstance(payload, bytes) else payload
+
+    try:
+        return Image.open(file(), formats=USUAL_FORMATS)
+    except UnidentifiedImageError:
+        return Image.open(file())
 
 
 def decode(payload: Any, preprocessing: Preprocessing, name: str, *, skip_bad: bool = False) -> Tensor | None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from scipy import stats
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
@@ -78,6 +77,8 @@ def rank_correlations(one: Tensor, other: Tensor) -> Tensor:
 
     0 where all values of a row are the same.
     """
+    from scipy import stats  # half a second that only an audit shall take
+
     ranks = [torch.from_numpy(stats.rankdata(values.numpy(), axis=1)) for values in (one, other)]
     centred = [values - values.mean(1, keepdim=True) for values in ranks]
     norms = centred[0].norm(dim=1) * centred[1].norm(dim=1)

@@ -9,8 +9,6 @@ as can be, and each is scaled to the same spread: which way an axis points, and 
 from __future__ import annotations
 
 import torch
-from scipy.linalg import orthogonal_procrustes
-from sklearn.decomposition import PCA
 from torch import Tensor
 
 from expunge.audits.core import Audit, AuditData, Context, Found, Subject
@@ -65,6 +63,8 @@ def plane_of(values: Tensor) -> tuple[Tensor, Tensor]:
     if total <= 1e-12 * max(1.0, features.square().sum().item()):
         raise InputError("the features of all samples are the same: there is nothing to draw")
     count = min(2, *centred.shape)
+    from sklearn.decomposition import PCA  # a second that only an audit shall take
+
     found = torch.from_numpy(PCA(count, svd_solver="full").fit_transform(centred.numpy()))
     places = torch.zeros((len(features), 2), dtype=torch.float64)
     places[:, :count] = found
@@ -74,6 +74,8 @@ def plane_of(values: Tensor) -> tuple[Tensor, Tensor]:
 
 def laid_on(places: Tensor, reference: Tensor) -> Tensor:
     """Return places (N, 2), turned and mirrored so that they lie as near as can be to the reference's, row by row."""
+    from scipy.linalg import orthogonal_procrustes
+
     turn, _ = orthogonal_procrustes(places.numpy(), reference.numpy())
     return places @ torch.from_numpy(turn)
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -107,6 +106,8 @@ def linear_probe_hits(train: Features, test: Features, classes: Sequence[int], *
         raise InputError("expected features of at least two classes to train a probe on")
     _check_finite(train, chosen)
     mean, deviation = train.values.mean(0), train.values.std(0).clamp_min(1e-6)
+    from sklearn.linear_model import LogisticRegression  # a second that only an audit shall take
+
     probe = LogisticRegression(C=strength, max_iter=300)
     probe.fit(((train.values - mean) / deviation).numpy(), train.labels.numpy())
     found = probe.predict(((chosen.values - mean) / deviation).numpy())

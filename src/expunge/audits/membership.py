@@ -15,11 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold, cross_val_predict
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
@@ -52,6 +47,13 @@ def told_apart(features: Tensor, sides: Tensor, *, seed: int) -> Tensor:
     folds = min(FOLDS, *torch.bincount(sides, minlength=2).tolist())
     if folds < 2:
         raise InputError("expected at least two samples of either side to tell them apart")
+    # imported here, as a second that only an audit shall take
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     attack = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     parts = StratifiedKFold(folds, shuffle=True, random_state=seed)
     with warnings.catch_warnings():  # an attack that did not converge is one all the same

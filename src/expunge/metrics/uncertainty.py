@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 from expunge.errors import InputError
@@ -113,6 +112,8 @@ def wilson_interval(hits: int, count: int, *, level: float = LEVEL) -> Interval:
     """
     if not 0 <= hits <= count or count < 1:
         raise InputError(f"expected hits between 0 and a count of at least 1, got {hits} of {count}")
+    from scipy import stats  # half a second to import: not before the work begins
+
     found = stats.binomtest(hits, count).proportion_ci(level, method="wilson")
     return Interval(hits / count, max(0.0, float(found.low)), min(1.0, float(found.high)))
 
@@ -130,6 +131,8 @@ def mean_interval(groups: Sequence[Tensor], *, level: float = LEVEL) -> Interval
     if any(len(group) < 2 for group in groups):
         return Interval(value, -math.inf, math.inf)
     variance = sum(group.double().var().item() / len(group) for group in groups)
+    from scipy import stats
+
     reach = float(stats.t.ppf((1 + level) / 2, min(len(group) for group in groups) - 1)) * math.sqrt(variance)
     return Interval(value, value - reach, value + reach)
 
