@@ -22,6 +22,7 @@ from expunge.bench.series import AGAIN, AT_ONCE, GRIDS, RETRAIN, Base, Contender
 from expunge.bench.suites import Request, analysis_points, suite_cells
 from expunge.bench.tables import COLUMNS, Row, comparable, tidy_rows
 from expunge.errors import InputError
+from expunge.methods.unsir import UnsirConfig
 from expunge.metrics import layer_distances
 from expunge.report import html_writer, read_record
 from expunge.schema import TrainConfig
@@ -158,7 +159,7 @@ def test_data_of_ones_own_and_a_model_of_ones_own() -> None:
 
 def test_a_setting_that_is_the_default_is_the_same_cell() -> None:
     one = Contender("unsir", "unsir", "default", ("noise_lr=0.2",))
-    assert one.having(impair__lr=0.005) is one
+    assert one.having(impair__lr=UnsirConfig().impair.lr) is one
     assert one.having(impair__lr=0.01).settings == ("noise_lr=0.2", "impair.lr=0.01")
     assert one.having(noise_lr=0.3).settings == ("noise_lr=0.3",)
 

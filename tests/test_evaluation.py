@@ -97,7 +97,8 @@ def test_cost_adds_up_a_phase_that_ran_twice_and_leaves_answers_out_of_the_steps
         return Phase(name=name, seconds=steps / 2, steps=steps, samples=steps * 10, label_counts={}, final_loss=loss)
 
     cost = cost_of([phase("impair", 4, 2.0), phase("answers", 3, None), phase("impair", 2, 1.0)], [phase("x", 8, None)])
-    assert cost["phases"]["impair"] == {"seconds": 3.0, "steps": 6, "samples": 60, "final_loss": 1.0}
+    total = {"seconds": 3.0, "steps": 6, "samples": 60, "final_loss": 1.0, "precision": "fp32"}
+    assert cost["phases"]["impair"] == total
     assert (cost["seconds"], cost["steps"], cost["samples"], cost["evaluation_seconds"]) == (4.5, 6, 90, 4.0)
 
 
