@@ -559,3 +559,19 @@ def test_shell_completion() -> None:
     )
     assert "complete -o default -F" in done.stdout
     assert "expunge" in done.stdout
+
+
+def test_precision_is_of_every_training_and_in_the_record(trained: Trained, tmp_path: Path) -> None:
+    for precision in ("fp32", "bf16"):
+        out = tmp_path / precision
+        result = invoke(*trained.arguments(out, "--precision", precision))
+        assert result.exit_code in (0, 1), result.output
+        record = record_of(out)
+        phases = record["cost"]["phases"]
+        assert {phases[name]["precision"] for name in ("noise", "impressions", "impair", "repair")} == {precision}
+        assert record["config"]["settings"][-2:] == [f"impair.precision={precision}", f"repair.precision={precision}"]
+        assert (", bf16." in " ".join(result.output.split())) is (precision == "bf16")
+    out = tmp_path / "none"
+    refuse("expected precision auto, fp32 or bf16, got 'half'", out, *trained.arguments(out, "--precision", "half"))
+    nothing = trained.arguments(out, "--precision", "bf16", "--method", "none")
+    refuse("none trains nothing that could be done in bf16", out, *nothing)

@@ -505,3 +505,15 @@ def test_code_of_another_folder_has_no_commit(tmp_path: Path, monkeypatch: pytes
     found = provenance.code_digests()
     assert (found["commit"], found["modified"]) == (None, None)
     assert found["source"] != before["source"]
+
+
+def test_a_replay_trains_in_the_precision_of_the_record_whatever_is_faster_here() -> None:
+    record = {"method": "unsir", "config": {"preset": "default"}}
+    for precision in ("fp32", "bf16"):
+        phases = {"noise": {"precision": precision}, "answers": {"precision": "fp32"}}
+        assert again.precision_of(record | {"cost": {"phases": phases}}) == [
+            f"impair.precision={precision}",
+            f"repair.precision={precision}",
+        ]
+    older = record | {"cost": {"phases": {"noise": {"seconds": 1.0}}}}  # from before there was a choice
+    assert again.precision_of(older) == ["impair.precision=fp32", "repair.precision=fp32"]

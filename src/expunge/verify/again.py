@@ -72,7 +72,7 @@ def replay_erasure(folder: Path, record: Content, where: Elsewhere, journal: Jou
             ),
             method=record["method"],
             preset=record["config"]["preset"],
-            settings=[*record["config"]["settings"], *_precision(record)],
+            settings=[*record["config"]["settings"], *precision_of(record)],
             seed=record["seed"],
             device=_device(record, where),
             salt=salt,
@@ -99,7 +99,7 @@ def replay_erasure(folder: Path, record: Content, where: Elsewhere, journal: Jou
     yield Finding("replay", share <= REPLAY_TOLERANCE, f"{told} ({let}){cause}")
 
 
-def _precision(record: Content) -> list[str]:
+def precision_of(record: Content) -> list[str]:
     """Return the settings by which trainings are done in the precision they were done in, whatever is faster here."""
     mixed = any(phase.get("precision") == "bf16" for phase in record["cost"]["phases"].values())
     config = as_json(PRESETS[record["method"]][record["config"]["preset"]]())
