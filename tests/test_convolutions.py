@@ -105,13 +105,14 @@ def test_bf16_trains_to_the_same_answers_within_tolerance(tiny: Tiny) -> None:
 def test_precision_follows_model_and_device(spec: str, dense: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, images = build_model(parse_model(spec), num_classes=10, channels=3), torch.rand(4, 3, 32, 32)
 
-    def units(found: bool) -> Any:
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": found})
+    def units(**found: bool) -> None:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
 
-    units(True)
-    assert precision_for("auto", model, images) == ("bf16" if dense else "fp32")
-    assert precision_for("fp32", model, images) == "fp32"
-    units(False)
+    for unit in ("amx_bf16", "avx512_bf16"):
+        units(**{unit: True})
+        assert precision_for("auto", model, images) == ("bf16" if dense else "fp32")
+        assert precision_for("fp32", model, images) == "fp32"
+    units(amx_bf16=False, avx512_bf16=False)
     assert precision_for("auto", model, images) == "fp32"
     assert precision_for("bf16", model, images) == "bf16"
 

@@ -327,15 +327,16 @@ def answer(model: nn.Module, images: Tensor, precision: Precision = "fp32", *, r
 def precision_for(asked: Precision, model: nn.Module, images: Tensor) -> Precision:
     """Return "fp32" or "bf16": what was `asked` for, or with "auto" what trains faster.
 
-    bf16 is faster where the device has matrix units for it: on a GPU, and on a CPU (AMX) for networks whose work lies
-    in dense convolutions; attention and grouped convolutions are slower in it there (docs/performance.md). The model
-    and the device alone decide, no clock, so that a run can be repeated bit for bit.
+    bf16 is faster where the device multiplies in it: on a GPU, and on a CPU with AMX or AVX-512 BF16 for networks whose
+    work lies in dense convolutions; attention and grouped convolutions are slower in it there (docs/performance.md).
+    The model and the device alone decide, no clock, so that a run can be repeated bit for bit.
     """
     if asked != "auto":
         return asked
     if images.is_cuda:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    fast = images.device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
+    has = torch.cpu.get_capabilities()
+    fast = images.device.type == "cpu" and (has.get("amx_bf16", False) or has.get("avx512_bf16", False))
     return "bf16" if fast and _is_dense_convolutional(model, images[:1]) else "fp32"
 
 
