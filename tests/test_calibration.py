@@ -18,7 +18,7 @@ from expunge.data import TensorImages, draw, open_source, stage, with_test_split
 from expunge.errors import DivergedError, InputError
 from expunge.journal import Journal
 from expunge.methods.unsir import Calibration, UnsirConfig, unsir
-from expunge.schema import TrainConfig
+from expunge.schema import Signals, TrainConfig
 from expunge.signals import IMPRESSION_STEPS, KINDS
 from expunge.training import train
 
@@ -27,7 +27,9 @@ UNREACHABLE = UnsirConfig(
     impressions=8,
     impair=TrainConfig(steps=5, lr=1e-7, batch_size=64, update_norm_statistics=False),
     repair=TrainConfig(steps=6, lr=1e-7, batch_size=64),
-    calibration=Calibration(called=1e-9, probability=1e-9, evidence=6, trials=2, rounds=2, cycles=2, check_every=2),
+    calibration=Calibration(
+        called=1e-9, probability=1e-9, evidence=6, plenty=1, trials=2, rounds=2, cycles=2, check_every=2
+    ),
 )
 """Rates so low that nothing moves: every bound of the search is met."""
 
@@ -306,7 +308,7 @@ def test_a_goal_out_of_reach_ends_at_the_cap_and_says_so(nets: Nets) -> None:
 def test_a_rate_that_does_too_much_is_halved_until_it_does_not(nets: Nets) -> None:
     case = nets.get("norm-free")
     config = replace(UnsirConfig(), impair=replace(UnsirConfig().impair, lr=1.6))
-    config = replace(config, calibration=Calibration(trials=12))
+    config = replace(config, calibration=Calibration(trials=12, plenty=1))
     journal = Journal()
     unlearned = unsir(case.model, case.split.zero_glance(), config, seed=0, journal=journal)
     assert journal.calibration is not None
@@ -333,12 +335,45 @@ def test_a_rate_that_ruins_the_model_ends_within_the_cap_and_is_not_called_back(
     assert all(bool(torch.isfinite(value).all()) for value in unlearned.state_dict().values())
 
 
+@pytest.mark.parametrize(("plenty", "rate"), [(855, 1e-7), (3420, 5e-8), (85_500, 1e-8)])
+def test_impair_is_milder_where_less_is_retained(nets: Nets, plenty: int, rate: float) -> None:
+    """855 images are trained on: 95 of each of nine classes."""
+    plan = replace(UNREACHABLE.calibration or Calibration(), plenty=plenty, rounds=1)
+    case, journal = nets.get("norm-free"), Journal()
+    unsir(case.model, case.split.zero_glance(), replace(UNREACHABLE, calibration=plan), seed=0, journal=journal)
+    assert journal.calibration is not None
+    assert journal.calibration.impair_rate == pytest.approx(rate)
+
+
+@pytest.mark.parametrize(("depth", "reading"), [(1.0, 1), (0.6, 2)])
+def test_impair_ends_when_the_class_is_gone_and_the_model_is_damaged_enough(
+    nets: Nets, monkeypatch: pytest.MonkeyPatch, depth: float, reading: int
+) -> None:
+    """Read after 2 and 4 steps: no impression is called the class, agreement is 0.8 and then 0.6 beyond chance."""
+    module = sys.modules["expunge.methods.unsir"]
+    real = module.read_signals
+    agreements = {2: (1 + 0.8 * 8) / 9, 4: (1 + 0.6 * 8) / 9 - 1e-9}
+
+    def read(*args: Any, **kwargs: Any) -> Signals:
+        found: Signals = real(*args, **kwargs)
+        if found.phase != "impair":
+            return found
+        return replace(found, impressions_called=dict.fromkeys(KINDS, 0.0), retain_agreement=agreements[found.step])
+
+    monkeypatch.setattr(module, "read_signals", read)
+    plan = replace(UNREACHABLE.calibration or Calibration(), depth=depth, rounds=1)
+    case, journal = nets.get("norm-free"), Journal()
+    unsir(case.model, case.split.zero_glance(), replace(UNREACHABLE, calibration=plan), seed=0, journal=journal)
+    assert journal.calibration is not None
+    assert [(t["steps"], t["outcome"]) for t in journal.calibration.trials] == [(2 * reading, "gone")]
+
+
 def test_a_loss_that_diverges_is_a_trial_that_did_too_much(nets: Nets) -> None:
     case = nets.get("norm-free")
     sgd = replace(UNREACHABLE.impair, optimizer="sgd", steps=12, lr=1e30)
     with pytest.raises(DivergedError, match=r"at step \d+ of impair"):
         unsir(case.model, case.split.zero_glance(), replace(UNREACHABLE, impair=sgd), seed=0)
-    plan = Calibration(evidence=6, trials=110, rounds=1, cycles=1)
+    plan = Calibration(evidence=6, plenty=1, trials=110, rounds=1, cycles=1)
     journal = Journal()
     unlearned = unsir(
         case.model,
@@ -380,7 +415,7 @@ def test_the_recorded_rate_is_the_one_taken(
         return model, outcome
 
     monkeypatch.setattr(searcher, "_trial", trial)
-    plan = Calibration(evidence=6, trials=3, rounds=1, cycles=1)
+    plan = Calibration(evidence=6, plenty=1, trials=3, rounds=1, cycles=1)
     journal = Journal()
     unsir(
         case.model, case.split.zero_glance(), replace(UNREACHABLE, calibration=plan), seed=0, journal=journal
@@ -416,6 +451,9 @@ def test_a_calibration_counts_in_steps() -> None:
         ({"called": 0.0}, "called between 0 and 1"),
         ({"probability": 1.0}, "probability between 0 and 1"),
         ({"floor": -0.1}, "floor between 0 and 1"),
+        ({"plenty": 0}, "plenty of at least 1"),
+        ({"depth": 0.2}, r"depth above floor \(0.2\) and up to 1, got 0.2"),
+        ({"depth": 1.1}, "depth above floor"),
         ({"back": 2.0}, "back between 0 and 1"),
         ({"lost": 1.0}, "lost between 0 and 1"),
     ],

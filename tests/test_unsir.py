@@ -6,6 +6,7 @@ import copy
 import math
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -180,6 +181,26 @@ def test_retained_answers_leave_the_gone_classes_out() -> None:
     assert torch.equal(logits, before)
 
 
+def test_a_lesson_asks_for_mirrored_images_too() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    split = split_of(60)
+    lesson = teach(model, split, SMALL)
+    retain: Any = split.retain
+    taught: Any = lesson.retain
+    assert len(taught) == 2 * len(retain)
+    for index in (0, len(retain) - 1):
+        image, label = retain[index]
+        for shown, target_of in ((image, taught[index]), (image.flip(-1), taught[len(retain) + index])):
+            seen, said, target = target_of
+            assert torch.equal(seen, shown)
+            assert said == label
+            answers = retained_answers(model(shown.unsqueeze(0)), split.forget_classes, SMALL.repair_temperature or 1.0)
+            torch.testing.assert_close(target, answers[0].detach())
+    plain: Any = teach(model, split, replace(SMALL, mirrored=False)).retain
+    assert len(plain) == len(retain)
+
+
 def test_a_lesson_teaches_the_answer_on_what_an_impression_was_made_from() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
@@ -190,7 +211,7 @@ def test_a_lesson_teaches_the_answer_on_what_an_impression_was_made_from() -> No
     split = replace(split, retain=TensorImages(retain.images[kept], retain.labels[kept]))
     starts = torch.randn((2, 1, 8, 8))
     impressions = Impressions(starts + 1, torch.zeros(2, dtype=torch.long), starts, torch.ones(2, dtype=torch.long))
-    config = replace(SMALL, impression_share_repair=0.5)
+    config = replace(SMALL, impression_share_repair=0.5, mirrored=False)
     lesson = teach(model, split, config, impressions)
     assert lesson.synthetic is not None
     seen = [lesson.synthetic[index] for index in range(len(lesson.synthetic))]  # type: ignore[arg-type]

@@ -963,18 +963,19 @@ def stage(
     images = torch.empty((len(table), preprocessing.channels, height, width), dtype=torch.uint8)
     kept = torch.ones(len(table), dtype=torch.bool)
 
-    def fill(item: tuple[int, Any]) -> None:
-        index, payload = item
-        image = decode(payload, preprocessing, table.name(int(table.rows[index])), skip_bad=skip_bad)
-        if image is None:
-            kept[index] = False
-        else:
-            images[index] = image
+    def fill(items: list[tuple[int, Any]]) -> None:
+        for index, payload in items:
+            image = decode(payload, preprocessing, table.name(int(table.rows[index])), skip_bad=skip_bad)
+            if image is None:
+                kept[index] = False
+            else:
+                images[index] = image
 
     with ThreadPoolExecutor() as pool:
         payloads = enumerate(table.read(table.rows))
         while chunk := list(itertools.islice(payloads, 4096)):
-            list(pool.map(fill, chunk))
+            # small images are decoded sooner than a thread is handed the next one
+            list(pool.map(fill, (chunk[first : first + 64] for first in range(0, len(chunk), 64))))
     labels = torch.from_numpy(table.labels.copy())
     skipped = int((~kept).sum())
     if skipped:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -96,31 +96,50 @@ def learn_impressions(
         DivergedError: the loss became NaN or infinite.
         InputError: there is no retained image.
     """
+    return _learn_kinds(model, split, per_class, (kind,), seed=seed, precision=precision, journal=journal)[kind]
+
+
+def _learn_kinds(
+    model: nn.Module,
+    split: Split,
+    per_class: int,
+    kinds: Sequence[Kind],
+    *,
+    seed: int,
+    precision: Precision,
+    journal: Journal | None,
+) -> dict[str, Impressions]:
+    """Learn impressions of several kinds, all in one batch, the first from `seed`, the next from the one after it."""
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     labels = torch.tensor(split.forget_classes).repeat_interleave(per_class)
-    generator = torch.Generator().manual_seed(seed)
     with (journal or Journal()).phase("impressions", steps=IMPRESSION_STEPS) as meter, seeded(seed):
-        count = len(labels)
-        if kind == "noise":
-            shape = retained_sample(split.retain, 1, split.preprocessing, generator).images.shape[1:]
-            starts, start_labels = torch.randn((count, *shape), generator=generator), torch.full((count,), -1)
-        else:
-            drawn = retained_sample(split.retain, count * (2 if kind == "blend" else 1), split.preprocessing, generator)
-            meter.read({int(k): int(v) for k, v in zip(*torch.unique(drawn.labels, return_counts=True), strict=True)})
-            starts, start_labels = drawn.images[:count], drawn.labels[:count]
-            if kind == "blend":
-                starts = (starts + drawn.images[count:]) / 2
+        begun = [_begin(split, kind, len(labels), seed + number, meter) for number, kind in enumerate(kinds)]
         images = descend(
             frozen,
-            starts,
-            labels,
+            torch.cat([starts for starts, _ in begun]),
+            labels.repeat(len(kinds)),
             lambda logits, targets, _: F.cross_entropy(logits, targets),
             lr=IMPRESSION_LR,
             steps=IMPRESSION_STEPS,
             precision=precision,
             meter=meter,
         )
-    return Impressions(images, labels, starts, start_labels)
+    return {
+        kind: Impressions(learned, labels, starts, start_labels)
+        for kind, learned, (starts, start_labels) in zip(kinds, torch.split(images, len(labels)), begun, strict=True)
+    }
+
+
+def _begin(split: Split, kind: Kind, count: int, seed: int, meter: Meter) -> tuple[Tensor, Tensor]:
+    """Return what so many impressions of a kind start from, and its class as `Impressions` has it."""
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "noise":
+        shape = retained_sample(split.retain, 1, split.preprocessing, generator).images.shape[1:]
+        return torch.randn((count, *shape), generator=generator), torch.full((count,), -1)
+    drawn = retained_sample(split.retain, count * (2 if kind == "blend" else 1), split.preprocessing, generator)
+    meter.read({int(k): int(v) for k, v in zip(*torch.unique(drawn.labels, return_counts=True), strict=True)})
+    starts = drawn.images[:count]
+    return (starts + drawn.images[count:]) / 2 if kind == "blend" else starts, drawn.labels[:count]
 
 
 def gather_evidence(
@@ -152,12 +171,7 @@ def gather_evidence(
         retained=retained,
         labels=torch.tensor([int(sample[1]) for sample in samples]),
         answers=retained_answers(_logits(model, retained), gone),
-        impressions={
-            kind: learn_impressions(
-                model, split, per_class, kind=kind, seed=seed + number, precision=precision, journal=journal
-            )
-            for number, kind in enumerate(KINDS)
-        },
+        impressions=_learn_kinds(model, split, per_class, KINDS, seed=seed, precision=precision, journal=journal),
         forget_classes=split.forget_classes,
         gone=gone,
         refresh=retained_sample(split.retain, REFRESH_IMAGES, split.preprocessing, generator, repeat=False).images,

@@ -228,10 +228,14 @@ def predict(
     *,
     preprocessing: Preprocessing | None = None,
     batch_size: int = PREDICT_BATCH,
+    precision: Precision = "fp32",
     journal: Journal | None = None,
     phase: str = "predict",
 ) -> Predictions:
     """Return the logits of `model`, in eval mode, on every sample of `dataset`, in its order; changes nothing.
+
+    Args:
+        precision: of the sums within the model; "fp32" for every measure.
 
     Raises:
         InputError: the data set is empty.
@@ -239,17 +243,20 @@ def predict(
     device = device_of(model)
     check_float32(model)
     loader = _loader(_mix(dataset, None, 0), batch_size, ranks(), shuffle=False)
-    logits, labels, sizes = _Rows(), _Rows(), []
+    logits, labels = _Rows(), _Rows()
+    sizes: list[int] = []
     layout = torch.channels_last
     with evaluating(model), seeded(0), (journal or Journal()).phase(phase, steps=len(loader)) as meter:
         parts = Parts(meter)
         for pieces, share in loader:
             batch = _inputs(pieces, preprocessing, device)
+            if not sizes:
+                meter.precision = precision_for(precision, model, batch.images)
             try:
-                answers = parts.answers(model, batch.images.contiguous(memory_format=layout))
+                answers = parts.answers(model, batch.images.contiguous(memory_format=layout), meter.precision)
             except RuntimeError:  # as `fastest_layout` says; what is wrong in itself is so again
                 layout = torch.contiguous_format
-                answers = parts.answers(model, batch.images.contiguous())
+                answers = parts.answers(model, batch.images.contiguous(), meter.precision)
             logits.add(answers[: share.count].float())
             labels.add(batch.labels[: share.count])
             sizes.append(share.size)
@@ -512,11 +519,11 @@ class Parts:
             if statistics is not None:
                 statistics.restore()
 
-    def answers(self, model: nn.Module, images: Tensor) -> Tensor:
+    def answers(self, model: nn.Module, images: Tensor, precision: Precision = "fp32") -> Tensor:
         """Return the logits of `model`, in eval mode, on images of its device."""
         while True:
             try:
-                return torch.cat([answer(model, images[rows]) for rows in self.of(len(images))])
+                return torch.cat([answer(model, images[rows], precision) for rows in self.of(len(images))])
             except RuntimeError as error:
                 self._halve(len(images), error)
             clear_device_cache(garbage_collection=True)

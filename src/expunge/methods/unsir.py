@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
 
-from expunge.data import TensorImages, count_labels, hold_out
+from expunge.data import TensorImages, count_labels, hold_out, labels_of
 from expunge.errors import DivergedError, InputError
 from expunge.journal import Journal
 from expunge.methods.checks import check_zero_glance, first_image
@@ -31,7 +31,7 @@ from expunge.signals import (
     read_signals,
     retained_answers,
 )
-from expunge.training import Batch, Objective, logits_of, predict, seeded, train
+from expunge.training import Batch, Objective, as_tensor, logits_of, predict, seeded, train
 
 NOTEBOOK_DEFECTS = {
     "three_noise_images": "of each class's noise only as many images as an image has channels are used",
@@ -53,6 +53,8 @@ class Calibration:
     called: float = 0.05  # a class counts as gone where no more of its impressions, of any kind, are called it,
     probability: float = 0.005  # and, after repair, where its mean probability on them is nowhere higher
     floor: float = 0.2  # agreement with the original, beyond chance, below which impair did too much
+    depth: float = 0.6  # and to which it must bring the model: a class is gone at the output before it is gone inside
+    plenty: int = 8192  # retained images from which on impair is at its full rate; fewer repair less: their root counts
     trials: int = 4  # rates that impair may try in a round, each half the one before and from the same weights
     rounds: int = 2  # times that impair and repair may be done; the second at twice the rate where the class is left
     cycles: int = 2  # of repair in a round; those after the first are a quarter as long, at half the rate
@@ -60,12 +62,14 @@ class Calibration:
     lost: float = 0.15  # loss at which a round did too much and is done again from the original, at half the rate
 
     def __post_init__(self) -> None:
-        for name in ("held_out_most", "evidence", "check_every", "trials", "rounds", "cycles"):
+        for name in ("held_out_most", "evidence", "check_every", "plenty", "trials", "rounds", "cycles"):
             if getattr(self, name) < 1:
                 raise InputError(f"expected {name} of at least 1, got {getattr(self, name)}")
         for name in ("held_out", "called", "probability", "floor", "back", "lost"):
             if not 0 < getattr(self, name) < 1:
                 raise InputError(f"expected {name} between 0 and 1, got {getattr(self, name)}")
+        if not self.floor < self.depth <= 1:
+            raise InputError(f"expected a depth above floor ({self.floor:g}) and up to 1, got {self.depth:g}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +99,7 @@ class UnsirConfig:
         default_factory=lambda: TrainConfig(steps=320, lr=0.0015, batch_size=128, schedule="one_cycle")
     )
     repair_temperature: float | None = 4.0  # of the original's answers that repair distils; None: train on labels
+    mirrored: bool = True  # distil the original's answers on mirrored retained images too: twice the questions to it
     forget_margin: float = 3.0  # added to forgotten logits while distilling, so that they end so much lower
     calibration: Calibration | None = field(default_factory=Calibration)  # None: all as stated, nothing is read
     defects: frozenset[str] = frozenset()  # of NOTEBOOK_DEFECTS
@@ -139,9 +144,10 @@ class UnsirConfig:
         return cls(
             noise_steps=20,
             impressions=32,
+            mirrored=False,
             impair=TrainConfig(steps=12, lr=0.002, batch_size=128, schedule="one_cycle", update_norm_statistics=False),
             repair=TrainConfig(steps=88, lr=0.0015, batch_size=128, schedule="one_cycle"),
-            calibration=Calibration(evidence=16, held_out_most=128, cycles=1, probability=0.02),
+            calibration=Calibration(evidence=16, held_out_most=128, cycles=1, probability=0.02, depth=1.0),
         )
 
     @classmethod
@@ -288,14 +294,17 @@ def impair(
     if config.noise_repeats is not None:
         shown = Subset(noise, list(range(len(noise))) * config.noise_repeats)
     elif impressions is None:
-        shown = _as_share(noise, config.noise_share, split)
+        shown = _as_share(noise, config.noise_share, split.retain)
     else:
         others = 1 - config.noise_share - config.impression_share
         shown = ConcatDataset(
             [
-                _as_share(noise, config.noise_share, split, others),
+                _as_share(noise, config.noise_share, split.retain, others),
                 _as_share(
-                    TensorImages(impressions.images, impressions.start_labels), config.impression_share, split, others
+                    TensorImages(impressions.images, impressions.start_labels),
+                    config.impression_share,
+                    split.retain,
+                    others,
                 ),
             ]
         )
@@ -376,7 +385,11 @@ def teach(
     teacher = copy.deepcopy(original).eval()
     retain = split.retain
     if not isinstance(retain, IterableDataset):
-        own = predict(teacher, retain, preprocessing=split.preprocessing, journal=journal, phase="answers")
+        retain = ConcatDataset([retain, Mirrored(retain)]) if config.mirrored else retain
+        own = predict(
+            teacher, retain, preprocessing=split.preprocessing, precision=config.repair.precision, journal=journal,
+            phase="answers",
+        )  # fmt: skip
         retain = Taught(retain, retained_answers(own.logits, gone, temperature))
     synthetic: Dataset[Sample] | None = None
     if impressions is not None:
@@ -384,9 +397,9 @@ def teach(
         if noise is not None:
             images, asked = torch.cat([images, noise.images]), torch.cat([asked, noise.images])
             labels = torch.cat([labels, noise.labels])
-        answers = predict(teacher, TensorImages(asked, labels))
+        answers = predict(teacher, TensorImages(asked, labels), precision=config.repair.precision)
         taught = Taught(TensorImages(images, labels), retained_answers(answers.logits, gone, temperature))
-        synthetic = _as_share(taught, config.impression_share_repair, split)
+        synthetic = _as_share(taught, config.impression_share_repair, retain)
     return Lesson(retain, synthetic, distil_retained(teacher, gone, temperature, config.forget_margin))
 
 
@@ -417,11 +430,27 @@ def distil_retained(original: nn.Module, gone: tuple[int, ...], temperature: flo
     return objective
 
 
+class Mirrored(Dataset[Any]):
+    """Samples with their images, (channels, H, W) tensors or PIL, turned left to right."""
+
+    def __init__(self, samples: Dataset[Sample]) -> None:
+        self.samples: Any = samples
+        self.labels = labels_of(samples)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        image, label = self.samples[index][:2]
+        return as_tensor(image).flip(-1), label
+
+
 class Taught(Dataset[Any]):
     """Samples with a target each, (image, label, target (C,))."""
 
     def __init__(self, samples: Dataset[Sample], targets: Tensor) -> None:
         self.samples: Any = samples
+        self.labels = labels_of(samples)
         self.targets = targets
 
     def __len__(self) -> int:
@@ -441,10 +470,14 @@ class _Calibrated:
         self.model, self.plan, self.seed, self.journal = model, plan, seed, journal
         training, held_out = hold_out(split.retain, share=plan.held_out, most=plan.held_out_most, seed=seed)
         self.split = replace(split, retain=training)
-        batch = _fitting_batch(sum(count_labels(training).values()))
+        samples = sum(count_labels(training).values())
+        batch = _fitting_batch(samples)
+        mildness = min(1.0, math.sqrt(samples / plan.plenty))
         self.config = replace(
             config,
-            impair=replace(config.impair, batch_size=min(batch, config.impair.batch_size)),
+            impair=replace(
+                config.impair, batch_size=min(batch, config.impair.batch_size), lr=config.impair.lr * mildness
+            ),
             repair=replace(config.repair, batch_size=min(batch, config.repair.batch_size)),
         )
         self.evidence = gather_evidence(
@@ -523,15 +556,15 @@ class _Calibrated:
         self, model: nn.Module, noise: TensorImages, impressions: Impressions, rate: float, number: int
     ) -> tuple[nn.Module, str]:
         plan, steps = self.plan, self.config.impair.steps or 0
-        retained = self.evidence.answers.shape[1] - len(self.evidence.gone)
-        lowest = (1 + plan.floor * (retained - 1)) / retained if retained > 1 else 0.0
+        lowest, deep = self._agreement(plan.floor), self._agreement(plan.depth)
         last: list[Signals] = []
 
         def enough(impaired: nn.Module, step: int) -> bool:
             if step % plan.check_every and step != steps:
                 return False
             last.append(self._read(impaired, "impair", step, refresh=True))
-            return last[-1].retain_agreement < lowest or self._gone(last[-1])
+            agreement = last[-1].retain_agreement
+            return agreement < lowest or (agreement <= deep and self._gone(last[-1]))
 
         config = replace(self.config, impair=replace(self.config.impair, lr=rate))
         impaired = impair(
@@ -575,6 +608,11 @@ class _Calibrated:
             called = max(share for kind, share in signals.impressions_called.items() if kind != "noise")
             return called <= self.plan.called
         return signals.still_called <= self.plan.called and signals.class_probability <= self.plan.probability
+
+    def _agreement(self, beyond_chance: float) -> float:
+        """Return the share of answers that agree with the original's, where so much of it is not chance."""
+        retained = self.evidence.answers.shape[1] - len(self.evidence.gone)
+        return (1 + beyond_chance * (retained - 1)) / retained if retained > 1 else 0.0
 
     def _lost(self, signals: Signals) -> bool:
         return signals.retain_accuracy < _accuracy(self.evidence) - self.plan.lost
@@ -657,10 +695,10 @@ def _fitting_batch(samples: int) -> int:
     return int(2 ** max(5, round(math.log2(max(1, samples) / 16))))
 
 
-def _as_share(images: Dataset[Any], share: float, split: Split, others: float | None = None) -> Dataset[Any]:
+def _as_share(images: Dataset[Any], share: float, retain: Dataset[Any], others: float | None = None) -> Dataset[Any]:
     """Return `images` repeated until they are `share` of what an epoch shows, where retained samples are `others`."""
     size = len(images)  # type: ignore[arg-type]
-    shown = share / (1 - share if others is None else others) * sum(count_labels(split.retain).values())
+    shown = share / (1 - share if others is None else others) * sum(count_labels(retain).values())
     return Subset(images, [index % size for index in range(max(size, round(shown)))])
 
 
