@@ -447,7 +447,8 @@ def test_weights_of_other_classes_and_of_another_architecture(tmp_path: Path, tr
 
 def test_diverged(tmp_path: Path, trained: Trained) -> None:
     out = tmp_path / "out"
-    more = ["--set", "impair.lr=1e38", "--set", "impair.optimizer=sgd", "--set", "calibration.trials=2", "--quiet"]
+    more = ["--set", "impair.lr=1e38", "--set", "impair.optimizer=sgd", "--set", "calibration.trials=2"]
+    more += ["--set", "calibration.plenty=1", "--quiet"]
     refuse("of impair; nothing was kept: lower the learning rate (now 5e+37)", out, *trained.arguments(out, *more))
 
 
