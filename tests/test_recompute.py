@@ -19,7 +19,7 @@ from expunge.memory import kept_bytes
 from expunge.models import AllCNN
 from expunge.recompute import blocks, recomputed, segments
 from expunge.schema import TrainConfig
-from expunge.training import predict, train
+from expunge.training import predict, to_train, train
 
 # small: BatchNorm over the eight values that a map of one place has makes much of a rounding
 CONFIG = TrainConfig(steps=2, lr=0.002, batch_size=8, optimizer="sgd", precision="fp32")
@@ -82,11 +82,14 @@ def test_the_weights_are_the_same(name: str) -> None:
     assert torch.equal(predict(anew, images()).logits, predict(copy.deepcopy(anew), images()).logits)
 
 
+@pytest.mark.parametrize("dropout", [True, False])
 @pytest.mark.parametrize("name", MODELS)
-def test_less_is_kept(name: str) -> None:
-    model, batch = build(name).train(), images(4).images
+def test_less_is_kept(name: str, dropout: bool) -> None:
+    model, batch = build(name), images(4).images
+    to_train(model, dropout=dropout)
     whole = kept_bytes(model, lambda: model(batch))
     with recomputed(model):
+        to_train(model, dropout=dropout)
         parts = kept_bytes(model, lambda: model(batch))
     assert parts < 0.8 * whole
     assert kept_bytes(model, lambda: model(batch)) == pytest.approx(whole, rel=0.01)  # and as before afterwards

@@ -21,7 +21,7 @@ from expunge.errors import DivergedError, InputError
 from expunge.journal import Journal
 from expunge.schema import Preprocessing, TrainConfig
 from expunge.signals import descend
-from expunge.training import Batch, augment, evaluating, logits_of, predict, train
+from expunge.training import Batch, augment, evaluating, logits_of, predict, to_train, train
 
 GREY = Preprocessing(size=(4, 4), mean=(0.5,), std=(0.25,))
 CONFIG = TrainConfig(epochs=3, lr=0.01, batch_size=16, schedule="one_cycle", flip=True, crop=1)
@@ -396,6 +396,30 @@ NO_MEMORY = (
 def plain_network() -> nn.Sequential:
     """The network without BatchNorm and dropout, so that images do not depend on each other."""
     return nn.Sequential(*[layer for layer in network() if not isinstance(layer, nn.BatchNorm2d | nn.Dropout)])
+
+
+def test_without_dropout_nothing_is_drawn() -> None:
+    class Draws(nn.Module):
+        def forward(self, batch: Tensor) -> Tensor:
+            return F.dropout(batch, 0.5, self.training)  # as in models whose dropout is no module of its own
+
+    drawing = nn.Sequential(*network(), Draws())
+    still = nn.Sequential(*[layer for layer in network() if not isinstance(layer, nn.Dropout)])
+    with_it = copy.deepcopy(drawing)
+    for model, config in (
+        (drawing, replace(CONFIG, dropout=False)), (still, replace(CONFIG, dropout=True)), (with_it, CONFIG)
+    ):  # fmt: skip
+        train(model, images(), config, seed=7, preprocessing=GREY)
+    for one, other in zip(drawing.state_dict().values(), still.state_dict().values(), strict=True):
+        assert torch.equal(one, other)  # running statistics among them
+    assert not torch.equal(drawing.state_dict()["0.weight"], with_it.state_dict()["0.weight"])
+    assert not any(module.training for module in drawing.modules())
+
+
+def test_without_dropout_recurrent_layers_stay_in_train_mode() -> None:
+    model = nn.Sequential(nn.GRU(3, 3), nn.Dropout(), nn.BatchNorm1d(3))
+    to_train(model.eval(), dropout=False)
+    assert [layer.training for layer in model] == [True, False, True]  # cuDNN asks for it
 
 
 @pytest.mark.parametrize("error", NO_MEMORY, ids=["cpu", "cuda"])

@@ -139,7 +139,7 @@ def train(
         running = Statistics(trained)
         for epoch in range(first_epoch, epochs):
             meter.start_epoch()
-            trained.train()
+            to_train(trained, dropout=config.dropout)
             statistics = nullcontext() if config.update_norm_statistics else kept_statistics(trained)
             with seeded(_seed_of(seed, epoch)), statistics:
                 if hasattr(mixed, "set_epoch"):
@@ -401,6 +401,14 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)  # of all devices, so all are forked
         yield
+
+
+def to_train(model: nn.Module, *, dropout: bool) -> None:
+    """Put `model` into train mode; without `dropout`, only what normalizes by its batch, so that nothing is drawn."""
+    for module in model.modules():
+        # without train mode cuDNN's recurrent layers have no backward pass, and transformers keeps all activations
+        needed = isinstance(module, nn.RNNBase) or getattr(module, "gradient_checkpointing", False)
+        module.training = dropout or has_running_statistics(module) or bool(needed)
 
 
 def has_running_statistics(module: nn.Module) -> bool:

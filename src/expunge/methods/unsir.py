@@ -89,14 +89,14 @@ class UnsirConfig:
     noise_repeats: int | None = None  # times each noise image is shown in a pass; None: as noise_share asks
     impair: TrainConfig = field(
         default_factory=lambda: TrainConfig(
-            steps=48, lr=0.004, batch_size=128, schedule="one_cycle", update_norm_statistics=False
+            steps=48, lr=0.004, batch_size=128, schedule="one_cycle", update_norm_statistics=False, dropout=False
         )
     )
     impressions: int = 96  # images the original calls a forget class, of all classes together; 0: none (paper)
     impression_share: float = 0.25  # of the images in impair, in (0, 1)
     impression_share_repair: float = 0.1  # of the images in repair, in (0, 1)
     repair: TrainConfig = field(
-        default_factory=lambda: TrainConfig(steps=320, lr=0.0015, batch_size=128, schedule="one_cycle")
+        default_factory=lambda: TrainConfig(steps=320, lr=0.0015, batch_size=128, schedule="one_cycle", dropout=False)
     )
     repair_temperature: float | None = 4.0  # of the original's answers that repair distils; None: train on labels
     mirrored: bool = True  # distil the original's answers on mirrored retained images too: twice the questions to it
@@ -141,12 +141,13 @@ class UnsirConfig:
     @classmethod
     def fast(cls) -> UnsirConfig:
         """The default for someone in a hurry: the class goes at the output, more of it is left inside."""
+        whole = cls()
         return cls(
             noise_steps=20,
             impressions=32,
             mirrored=False,
-            impair=TrainConfig(steps=12, lr=0.002, batch_size=128, schedule="one_cycle", update_norm_statistics=False),
-            repair=TrainConfig(steps=88, lr=0.0015, batch_size=128, schedule="one_cycle"),
+            impair=replace(whole.impair, steps=12, lr=0.002),
+            repair=replace(whole.repair, steps=88),
             calibration=Calibration(evidence=16, held_out_most=128, cycles=1, probability=0.02, depth=1.0),
         )
 
