@@ -38,6 +38,7 @@ from expunge.workspace import DataOptions, Workspace, open_workspace
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 VIT = "timm:vit_tiny_patch16_224?img_size=32&patch_size=4&depth=4&embed_dim=64&num_heads=2"
+RELEARN_SEEDS = 3  # one alone tells little: the same retrained model took 30, 48 and 80 steps
 SMALL_CNN = f"{Path(__file__).parents[1] / 'examples' / 'small_cnn.py'}:small_cnn"
 
 
@@ -225,10 +226,12 @@ def erase(
             images = Subset(test, torch.isin(held.labels, torch.tensor(forget)).nonzero().flatten().tolist()[:500])
             goal = record.metrics["before"]["forget_accuracy"]
             ordinary = stage(draw(train_set, per_class=2000, seed=1), own).dataset
-            steps = relearn_steps(
-                network, ordinary, images, (0.95 * goal, 0.8 * goal), cap=100, seed=0, preprocessing=own
-            )
-            cell["inside"][role]["relearn_steps"] = dict(zip(("0.95", "0.8"), steps, strict=True))
+            goals = (0.95 * goal, 0.8 * goal)
+            steps = [
+                relearn_steps(network, ordinary, images, goals, cap=100, seed=number, preprocessing=own)
+                for number in range(RELEARN_SEEDS)
+            ]
+            cell["inside"][role]["relearn_steps"] = dict(zip(("0.95", "0.8"), zip(*steps, strict=True), strict=True))
     return json.loads(json.dumps(as_json(cell))), unlearned
 
 
@@ -257,8 +260,12 @@ def row(name: str, preset: str, cells: Sequence[dict[str, Any]]) -> str:
         values = [inside[role].get(key) for role in ("before", "after", "retrained")]
         return " / ".join("-" if value is None else f"{100 * value:.1f}" for value in values)
 
+    def median(steps: Sequence[int | None]) -> str:
+        middle = statistics.median(101 if count is None else count for count in steps)
+        return f"{middle:g}" if middle <= 100 else "> 100"
+
     relearn = " ; ".join(
-        f"{steps['0.95'] or '> 100'} / {steps['0.8'] or '> 100'}"
+        f"{median(steps['0.95'])} / {median(steps['0.8'])}"
         for role in ("before", "after", "retrained")
         if (steps := inside[role].get("relearn_steps"))
     )
