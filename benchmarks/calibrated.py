@@ -110,7 +110,7 @@ def main() -> None:
     if options.train_only:
         for name in options.cases:
             for left_out in ((), *CASES[name].references):
-                trained(CASES[name], DataOptions(spec=str(options.data / CASES[name].data)), left_out, options)
+                trained(CASES[name], data_of(CASES[name], options), left_out, options)
         return
     print(
         "| case | forget | preset | A_f % | A_r % | retrained A_r % | probe | NCM | relearn 95 / 80 | steps | cost % |"
@@ -127,7 +127,7 @@ def main() -> None:
 
 def run(name: str, case: Case, preset: str, seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return one cell a set of classes, running those that are not there yet."""
-    data = DataOptions(spec=str(options.data / case.data))
+    data = data_of(case, options)
     original = trained(case, data, (), options)
     cells: list[dict[str, Any]] = []
     model, before = original.model, tuple[int, ...]()
@@ -145,6 +145,12 @@ def run(name: str, case: Case, preset: str, seed: int, options: argparse.Namespa
         if case.sequence:
             model, before = unlearned, (*before, *forget)
     return cells
+
+
+def data_of(case: Case, options: argparse.Namespace) -> DataOptions:
+    return DataOptions(
+        spec=str(options.data / case.data), label_column="fine_label" if case.data == "cifar100" else None
+    )
 
 
 def trained(case: Case, data: DataOptions, left_out: Sequence[int], options: argparse.Namespace) -> Workspace:

@@ -146,8 +146,8 @@ class UnsirConfig:
             noise_steps=20,
             impressions=32,
             mirrored=False,
-            impair=replace(whole.impair, steps=12, lr=0.002),
-            repair=replace(whole.repair, steps=88),
+            impair=replace(whole.impair, steps=12, lr=0.001),
+            repair=replace(whole.repair, steps=88, lr=0.0007),
             calibration=Calibration(evidence=16, held_out_most=128, cycles=1, probability=0.02, depth=1.0),
         )
 
