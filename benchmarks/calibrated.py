@@ -38,7 +38,7 @@ from expunge.workspace import DataOptions, Workspace, open_workspace
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 VIT = "timm:vit_tiny_patch16_224?img_size=32&patch_size=4&depth=4&embed_dim=64&num_heads=2"
-RELEARN_SEEDS = 3  # one alone tells little: the same retrained model took 30, 48 and 80 steps
+RELEARN_SEEDS = 3  # one alone tells little: retrained models of one recipe took 30, 48 and 80 steps
 SMALL_CNN = f"{Path(__file__).parents[1] / 'examples' / 'small_cnn.py'}:small_cnn"
 
 
