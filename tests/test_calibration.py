@@ -308,7 +308,8 @@ def test_a_goal_out_of_reach_ends_at_the_cap_and_says_so(nets: Nets) -> None:
 def test_a_rate_that_does_too_much_is_halved_until_it_does_not(nets: Nets) -> None:
     case = nets.get("norm-free")
     config = replace(UnsirConfig(), impair=replace(UnsirConfig().impair, lr=1.6))
-    config = replace(config, calibration=Calibration(trials=12, plenty=1))
+    plan = Calibration(trials=12, plenty=1)
+    config = replace(config, calibration=plan)
     journal = Journal()
     unlearned = unsir(case.model, case.split.zero_glance(), config, seed=0, journal=journal)
     assert journal.calibration is not None
@@ -317,7 +318,8 @@ def test_a_rate_that_does_too_much_is_halved_until_it_does_not(nets: Nets) -> No
     assert trials[-1]["outcome"] != "too much"
     assert [t["rate"] for t in trials] == pytest.approx([1.6 / 2**number for number in range(len(trials))])
     assert case.accuracy(unlearned, forget=True) <= 0.01
-    if case.accuracy(unlearned, forget=False) < case.accuracy(case.model, forget=False) - 0.05:
+    # 45 held-out images see no less than two of them, beside the loss that counts as back
+    if case.accuracy(unlearned, forget=False) < case.accuracy(case.model, forget=False) - plan.back - 2 / 45:
         assert not journal.calibration.back  # lost, and said so
 
 
@@ -452,7 +454,7 @@ def test_a_calibration_counts_in_steps() -> None:
         ({"probability": 1.0}, "probability between 0 and 1"),
         ({"floor": -0.1}, "floor between 0 and 1"),
         ({"plenty": 0}, "plenty of at least 1"),
-        ({"depth": 0.2}, r"depth above floor \(0.2\) and up to 1, got 0.2"),
+        ({"depth": 0.3}, r"depth above floor \(0.3\) and up to 1, got 0.3"),
         ({"depth": 1.1}, "depth above floor"),
         ({"back": 2.0}, "back between 0 and 1"),
         ({"lost": 1.0}, "lost between 0 and 1"),

@@ -82,14 +82,14 @@ def test_the_weights_are_the_same(name: str) -> None:
     assert torch.equal(predict(anew, images()).logits, predict(copy.deepcopy(anew), images()).logits)
 
 
-@pytest.mark.parametrize("dropout", [True, False])
+@pytest.mark.parametrize("eval_mode", [True, False])
 @pytest.mark.parametrize("name", MODELS)
-def test_less_is_kept(name: str, dropout: bool) -> None:
+def test_less_is_kept(name: str, eval_mode: bool) -> None:
     model, batch = build(name), images(4).images
-    to_train(model, dropout=dropout)
+    to_train(model, eval_mode=eval_mode)
     whole = kept_bytes(model, lambda: model(batch))
     with recomputed(model):
-        to_train(model, dropout=dropout)
+        to_train(model, eval_mode=eval_mode)
         parts = kept_bytes(model, lambda: model(batch))
     assert parts < 0.8 * whole
     assert kept_bytes(model, lambda: model(batch)) == pytest.approx(whole, rel=0.01)  # and as before afterwards

@@ -398,28 +398,59 @@ def plain_network() -> nn.Sequential:
     return nn.Sequential(*[layer for layer in network() if not isinstance(layer, nn.BatchNorm2d | nn.Dropout)])
 
 
-def test_without_dropout_nothing_is_drawn() -> None:
+def test_in_eval_mode_nothing_is_drawn_and_statistics_stay() -> None:
     class Draws(nn.Module):
         def forward(self, batch: Tensor) -> Tensor:
             return F.dropout(batch, 0.5, self.training)  # as in models whose dropout is no module of its own
 
-    drawing = nn.Sequential(*network(), Draws())
-    still = nn.Sequential(*[layer for layer in network() if not isinstance(layer, nn.Dropout)])
-    with_it = copy.deepcopy(drawing)
-    for model, config in (
-        (drawing, replace(CONFIG, dropout=False)), (still, replace(CONFIG, dropout=True)), (with_it, CONFIG)
-    ):  # fmt: skip
-        train(model, images(), config, seed=7, preprocessing=GREY)
-    for one, other in zip(drawing.state_dict().values(), still.state_dict().values(), strict=True):
-        assert torch.equal(one, other)  # running statistics among them
-    assert not torch.equal(drawing.state_dict()["0.weight"], with_it.state_dict()["0.weight"])
-    assert not any(module.training for module in drawing.modules())
+    class Scaled(nn.Module):
+        """BatchNorm as it is in use, written out."""
+
+        def __init__(self, layer: nn.BatchNorm2d) -> None:
+            super().__init__()
+            self.weight, self.bias, self.kept = layer.weight, layer.bias, copy.deepcopy(layer.state_dict())
+
+        def forward(self, batch: Tensor) -> Tensor:
+            mean, deviation = self.kept["running_mean"], (self.kept["running_var"] + 1e-5).sqrt()
+            own = (batch - mean.view(-1, 1, 1)) / deviation.view(-1, 1, 1)
+            scaled: Tensor = own * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
+            return scaled
+
+    before = network()
+    model = nn.Sequential(*copy.deepcopy(before), Draws())
+    plain = nn.Sequential(
+        *[
+            Scaled(layer) if isinstance(layer, nn.BatchNorm2d) else layer
+            for layer in copy.deepcopy(before)
+            if not isinstance(layer, nn.Dropout)
+        ]
+    )
+    for one, config in ((model, replace(CONFIG, eval_mode=True)), (plain, CONFIG)):
+        train(one, images(), replace(config, optimizer="sgd", precision="fp32"), seed=7, preprocessing=GREY)
+    for name in ("0.weight", "1.weight", "1.bias"):
+        torch.testing.assert_close(model.state_dict()[name], plain.state_dict()[name], atol=1e-6, rtol=1e-5)
+        assert not torch.allclose(model.state_dict()[name], before.state_dict()[name], atol=1e-4)
+    for name in ("1.running_mean", "1.running_var", "1.num_batches_tracked"):
+        assert torch.equal(model.state_dict()[name], before.state_dict()[name])
+    assert not any(module.training for module in model.modules())
 
 
-def test_without_dropout_recurrent_layers_stay_in_train_mode() -> None:
+def test_in_eval_mode_recurrent_layers_stay_in_train_mode() -> None:
     model = nn.Sequential(nn.GRU(3, 3), nn.Dropout(), nn.BatchNorm1d(3))
-    to_train(model.eval(), dropout=False)
-    assert [layer.training for layer in model] == [True, False, True]  # cuDNN asks for it
+    to_train(model.eval(), eval_mode=True)
+    assert [layer.training for layer in model] == [True, False, False]  # cuDNN asks for it
+
+
+def test_in_eval_mode_batchnorm_takes_one_image_and_parts_give_the_same() -> None:
+    one = network()
+    train(one, images(1), replace(CONFIG, eval_mode=True), seed=7, preprocessing=GREY)
+    config = replace(CONFIG, eval_mode=True, optimizer="sgd", precision="fp32")
+    whole, journal, short = network(), Journal(), Short(network(), 5, NO_MEMORY[0])
+    train(whole, images(), config, seed=7, preprocessing=GREY)
+    train(short, images(), config, seed=7, preprocessing=GREY, journal=journal)
+    for key, value in whole.state_dict().items():
+        torch.testing.assert_close(short.model.state_dict()[key], value, atol=1e-6, rtol=1e-5)
+    assert journal.phases[0].note == "memory ran short, so batches of 16 went through the model 4 at a time"
 
 
 @pytest.mark.parametrize("error", NO_MEMORY, ids=["cpu", "cuda"])

@@ -93,7 +93,7 @@ class TrainConfig:
     crop: int = 0  # pixels of reflection padding before a random crop
     clip_value: float | None = None  # gradient elements are clipped to [-clip_value, clip_value]
     update_norm_statistics: bool = True  # False: running statistics stay as they are
-    dropout: bool = True  # False: the model draws nothing (dropout, stochastic depth), whatever it is made with
+    eval_mode: bool = False  # True: no dropout, and BatchNorm by its running statistics, which stay as they are
     gradient_checkpointing: bool = False  # activations are computed anew in the backward pass: less memory, more time
     precision: Precision = "auto"  # fp32, bf16, or the faster one for model and device: training.precision_for
 

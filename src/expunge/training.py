@@ -109,7 +109,7 @@ def train(
     accelerator = _accelerator()
     mixed = _mix(dataset, synthetic, seed)
     loader = _loader(mixed, config.batch_size, place, shuffle=True)
-    if min(config.batch_size, len(mixed)) == 1 and any(map(has_running_statistics, model.modules())):
+    if min(config.batch_size, len(mixed)) == 1 and _by_the_batch(model, config):
         raise InputError("a model with BatchNorm cannot train on batches of one image: give more images a batch")
     epochs = config.epochs if config.steps is None else math.ceil(config.steps / max(1, len(loader)))
     steps = config.steps or max(1, len(loader)) * epochs
@@ -133,13 +133,13 @@ def train(
     # what is computed anew there would move the statistics a second time
     backward = partial(kept_statistics, trained) if config.gradient_checkpointing else nullcontext
     with anew, (journal or Journal()).phase(phase, steps=left) as meter:
-        normalized = any(map(has_running_statistics, model.modules()))
+        normalized = _by_the_batch(model, config)
         # of several processes, one alone cannot take its share in parts: the others speak to it in every layer
         parts = Parts(meter, 0 if whole_batch or place.size > 1 else 2 if normalized else 1)
         running = Statistics(trained)
         for epoch in range(first_epoch, epochs):
             meter.start_epoch()
-            to_train(trained, dropout=config.dropout)
+            to_train(trained, eval_mode=config.eval_mode)
             statistics = nullcontext() if config.update_norm_statistics else kept_statistics(trained)
             with seeded(_seed_of(seed, epoch)), statistics:
                 if hasattr(mixed, "set_epoch"):
@@ -403,12 +403,17 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def to_train(model: nn.Module, *, dropout: bool) -> None:
-    """Put `model` into train mode; without `dropout`, only what normalizes by its batch, so that nothing is drawn."""
+def to_train(model: nn.Module, *, eval_mode: bool) -> None:
+    """Put `model` into train mode; with `eval_mode`, only what could not be trained without."""
     for module in model.modules():
         # without train mode cuDNN's recurrent layers have no backward pass, and transformers keeps all activations
         needed = isinstance(module, nn.RNNBase) or getattr(module, "gradient_checkpointing", False)
-        module.training = dropout or has_running_statistics(module) or bool(needed)
+        module.training = not eval_mode or bool(needed)
+
+
+def _by_the_batch(model: nn.Module, config: TrainConfig) -> bool:
+    """Return whether layers normalize by the batch, so that what an image gives depends on the others in it."""
+    return not config.eval_mode and any(map(has_running_statistics, model.modules()))
 
 
 def has_running_statistics(module: nn.Module) -> bool:

@@ -52,7 +52,7 @@ class Calibration:
     check_every: int = 8  # impair steps between readings
     called: float = 0.05  # a class counts as gone where no more of its impressions, of any kind, are called it,
     probability: float = 0.005  # and, after repair, where its mean probability on them is nowhere higher
-    floor: float = 0.2  # agreement with the original, beyond chance, below which impair did too much
+    floor: float = 0.3  # agreement with the original, beyond chance, below which impair did too much
     depth: float = 0.6  # and to which it must bring the model: a class is gone at the output before it is gone inside
     plenty: int = 8192  # retained images from which on impair is at its full rate; fewer repair less: their root counts
     trials: int = 4  # rates that impair may try in a round, each half the one before and from the same weights
@@ -88,15 +88,13 @@ class UnsirConfig:
     noise_share: float = 0.25  # of the images in impair, in (0, 1)
     noise_repeats: int | None = None  # times each noise image is shown in a pass; None: as noise_share asks
     impair: TrainConfig = field(
-        default_factory=lambda: TrainConfig(
-            steps=48, lr=0.004, batch_size=128, schedule="one_cycle", update_norm_statistics=False, dropout=False
-        )
+        default_factory=lambda: TrainConfig(steps=48, lr=0.0035, batch_size=128, schedule="one_cycle", eval_mode=True)
     )
     impressions: int = 96  # images the original calls a forget class, of all classes together; 0: none (paper)
     impression_share: float = 0.25  # of the images in impair, in (0, 1)
     impression_share_repair: float = 0.1  # of the images in repair, in (0, 1)
     repair: TrainConfig = field(
-        default_factory=lambda: TrainConfig(steps=320, lr=0.0015, batch_size=128, schedule="one_cycle", dropout=False)
+        default_factory=lambda: TrainConfig(steps=320, lr=0.001, batch_size=128, schedule="one_cycle", eval_mode=True)
     )
     repair_temperature: float | None = 4.0  # of the original's answers that repair distils; None: train on labels
     mirrored: bool = True  # distil the original's answers on mirrored retained images too: twice the questions to it

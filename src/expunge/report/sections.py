@@ -321,7 +321,11 @@ def signals(record: Part) -> dict[str, Any] | None:
     return {
         "reached": found.get("reached"),
         "why": sentence(found.get("why") or ""),
-        "facts": [f"{name} {found[key]:g}" for name, key in facts.items() if found.get(key) is not None],
+        "facts": [
+            f"{name} {found[key]:{'.3g' if key.endswith('rate') else 'g'}}"
+            for name, key in facts.items()
+            if found.get(key) is not None
+        ],
         "charts": [chart for chart in charts if chart],
         "trials": [_trial(one) for one in found.get("trials") or ()],
     }
@@ -331,7 +335,7 @@ def _trial(trial: Part) -> list[str]:
     rate = trial.get("rate")
     return [
         told(trial.get("round"), "count"),
-        "–" if rate is None else f"{rate:g}",
+        "–" if rate is None else f"{rate:.3g}",
         told(trial.get("steps"), "count"),
         trial.get("outcome") or "–",
         told(trial.get("still_called")),

@@ -207,7 +207,7 @@ def _calibrated(found: Mapping[str, Any] | None) -> Iterator[str]:
     if found is None:
         return
     trials = ", ".join(
-        f"{trial['rate']:g} ({trial['outcome']}{f' after {steps} steps' if (steps := trial['steps']) else ''})"
+        f"{trial['rate']:.3g} ({trial['outcome']}{f' after {steps} steps' if (steps := trial['steps']) else ''})"
         for trial in found["trials"]
     )
     rounds = "one round" if found["rounds"] == 1 else f"{found['rounds']} rounds"
@@ -215,7 +215,7 @@ def _calibrated(found: Mapping[str, Any] | None) -> Iterator[str]:
     yield f"Signals read without forget data: the goal is {reached}; {plain(found['why'])}."
     yield (
         f"Calibration took {rounds} of impair and repair: impair rates tried {trials}; repair rate "
-        f"{found['repair_rate']:g}, batches of {found['batch_size']}; signals read on {found['held_out']} held-out "
+        f"{found['repair_rate']:.3g}, batches of {found['batch_size']}; signals read on {found['held_out']} held-out "
         "retained images and on class impressions."
     )
 
