@@ -323,6 +323,26 @@ def test_a_rate_that_does_too_much_is_halved_until_it_does_not(nets: Nets) -> No
         assert not journal.calibration.back  # lost, and said so
 
 
+@pytest.mark.parametrize(("by_batch", "moves"), [(64, True), (65, False)])
+def test_batchnorm_goes_by_its_running_statistics_where_batches_are_small(
+    nets: Nets, by_batch: int, moves: bool
+) -> None:
+    case, journal = nets.get("tied"), Journal()
+    plan = replace(UNREACHABLE.calibration or Calibration(), by_batch=by_batch, rounds=1)
+    config = replace(
+        UNREACHABLE,
+        impair=replace(UNREACHABLE.impair, mode="batch"),
+        repair=replace(UNREACHABLE.repair, mode="batch"),
+        calibration=plan,
+    )
+    unlearned = unsir(case.model, case.split.zero_glance(), config, seed=0, journal=journal)
+    for name in ("norm.running_mean", "norm.running_var"):
+        assert torch.equal(unlearned.state_dict()[name], case.model.state_dict()[name]) is not moves
+    assert journal.calibration is not None
+    assert journal.calibration.batch_size == 64
+    assert journal.calibration.repair_rate == pytest.approx(1e-7 if moves else 2e-7 / 3)
+
+
 @pytest.mark.parametrize("lr", [1e3, 1e6])
 def test_a_rate_that_ruins_the_model_ends_within_the_cap_and_is_not_called_back(nets: Nets, lr: float) -> None:
     case = nets.get("norm-free")
@@ -454,7 +474,7 @@ def test_a_calibration_counts_in_steps() -> None:
         ({"probability": 1.0}, "probability between 0 and 1"),
         ({"floor": -0.1}, "floor between 0 and 1"),
         ({"plenty": 0}, "plenty of at least 1"),
-        ({"depth": 0.3}, r"depth above floor \(0.3\) and up to 1, got 0.3"),
+        ({"depth": 0.2}, r"depth above floor \(0.2\) and up to 1, got 0.2"),
         ({"depth": 1.1}, "depth above floor"),
         ({"back": 2.0}, "back between 0 and 1"),
         ({"lost": 1.0}, "lost between 0 and 1"),

@@ -18,7 +18,7 @@ from expunge.errors import InputError
 from expunge.memory import kept_bytes
 from expunge.models import AllCNN
 from expunge.recompute import blocks, recomputed, segments
-from expunge.schema import TrainConfig
+from expunge.schema import LayerMode, TrainConfig
 from expunge.training import predict, to_train, train
 
 # small: BatchNorm over the eight values that a map of one place has makes much of a rounding
@@ -82,14 +82,14 @@ def test_the_weights_are_the_same(name: str) -> None:
     assert torch.equal(predict(anew, images()).logits, predict(copy.deepcopy(anew), images()).logits)
 
 
-@pytest.mark.parametrize("eval_mode", [True, False])
+@pytest.mark.parametrize("mode", ["train", "batch", "eval"])
 @pytest.mark.parametrize("name", MODELS)
-def test_less_is_kept(name: str, eval_mode: bool) -> None:
+def test_less_is_kept(name: str, mode: LayerMode) -> None:
     model, batch = build(name), images(4).images
-    to_train(model, eval_mode=eval_mode)
+    to_train(model, mode)
     whole = kept_bytes(model, lambda: model(batch))
     with recomputed(model):
-        to_train(model, eval_mode=eval_mode)
+        to_train(model, mode)
         parts = kept_bytes(model, lambda: model(batch))
     assert parts < 0.8 * whole
     assert kept_bytes(model, lambda: model(batch)) == pytest.approx(whole, rel=0.01)  # and as before afterwards

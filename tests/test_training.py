@@ -398,11 +398,24 @@ def plain_network() -> nn.Sequential:
     return nn.Sequential(*[layer for layer in network() if not isinstance(layer, nn.BatchNorm2d | nn.Dropout)])
 
 
-def test_in_eval_mode_nothing_is_drawn_and_statistics_stay() -> None:
-    class Draws(nn.Module):
-        def forward(self, batch: Tensor) -> Tensor:
-            return F.dropout(batch, 0.5, self.training)  # as in models whose dropout is no module of its own
+class Draws(nn.Module):
+    def forward(self, batch: Tensor) -> Tensor:
+        return F.dropout(batch, 0.5, self.training)  # as in models whose dropout is no module of its own
 
+
+def test_in_mode_batch_nothing_is_drawn() -> None:
+    drawing = nn.Sequential(*network(), Draws())
+    still = nn.Sequential(*[layer for layer in network() if not isinstance(layer, nn.Dropout)])
+    with_it = copy.deepcopy(drawing)
+    for model, config in ((drawing, replace(CONFIG, mode="batch")), (still, CONFIG), (with_it, CONFIG)):
+        train(model, images(), config, seed=7, preprocessing=GREY)
+    for one, other in zip(drawing.state_dict().values(), still.state_dict().values(), strict=True):
+        assert torch.equal(one, other)  # running statistics among them
+    assert not torch.equal(drawing.state_dict()["0.weight"], with_it.state_dict()["0.weight"])
+    assert not any(module.training for module in drawing.modules())
+
+
+def test_in_mode_eval_nothing_is_drawn_and_statistics_stay() -> None:
     class Scaled(nn.Module):
         """BatchNorm as it is in use, written out."""
 
@@ -425,7 +438,7 @@ def test_in_eval_mode_nothing_is_drawn_and_statistics_stay() -> None:
             if not isinstance(layer, nn.Dropout)
         ]
     )
-    for one, config in ((model, replace(CONFIG, eval_mode=True)), (plain, CONFIG)):
+    for one, config in ((model, replace(CONFIG, mode="eval")), (plain, CONFIG)):
         train(one, images(), replace(config, optimizer="sgd", precision="fp32"), seed=7, preprocessing=GREY)
     for name in ("0.weight", "1.weight", "1.bias"):
         torch.testing.assert_close(model.state_dict()[name], plain.state_dict()[name], atol=1e-6, rtol=1e-5)
@@ -435,16 +448,18 @@ def test_in_eval_mode_nothing_is_drawn_and_statistics_stay() -> None:
     assert not any(module.training for module in model.modules())
 
 
-def test_in_eval_mode_recurrent_layers_stay_in_train_mode() -> None:
+def test_in_modes_batch_and_eval_recurrent_layers_stay_in_train_mode() -> None:
     model = nn.Sequential(nn.GRU(3, 3), nn.Dropout(), nn.BatchNorm1d(3))
-    to_train(model.eval(), eval_mode=True)
+    to_train(model.eval(), "eval")
     assert [layer.training for layer in model] == [True, False, False]  # cuDNN asks for it
+    to_train(model.eval(), "batch")
+    assert [layer.training for layer in model] == [True, False, True]
 
 
-def test_in_eval_mode_batchnorm_takes_one_image_and_parts_give_the_same() -> None:
+def test_in_mode_eval_batchnorm_takes_one_image_and_parts_give_the_same() -> None:
     one = network()
-    train(one, images(1), replace(CONFIG, eval_mode=True), seed=7, preprocessing=GREY)
-    config = replace(CONFIG, eval_mode=True, optimizer="sgd", precision="fp32")
+    train(one, images(1), replace(CONFIG, mode="eval"), seed=7, preprocessing=GREY)
+    config = replace(CONFIG, mode="eval", optimizer="sgd", precision="fp32")
     whole, journal, short = network(), Journal(), Short(network(), 5, NO_MEMORY[0])
     train(whole, images(), config, seed=7, preprocessing=GREY)
     train(short, images(), config, seed=7, preprocessing=GREY, journal=journal)

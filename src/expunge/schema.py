@@ -22,6 +22,10 @@ IMAGES = "images.json"
 Precision = Literal["auto", "fp32", "bf16"]
 """Of the sums within a model while it trains, weights being float32: auto takes the faster one for model and device."""
 
+LayerMode = Literal["train", "batch", "eval"]
+"""Of layers in training. batch: they draw nothing (dropout, stochastic depth); eval: and BatchNorm goes by its running
+statistics, which stay as they are."""
+
 Sample = tuple[Any, Any]
 """(image, label): a tensor (channels, H, W) or PIL image, and an integer class."""
 
@@ -93,7 +97,7 @@ class TrainConfig:
     crop: int = 0  # pixels of reflection padding before a random crop
     clip_value: float | None = None  # gradient elements are clipped to [-clip_value, clip_value]
     update_norm_statistics: bool = True  # False: running statistics stay as they are
-    eval_mode: bool = False  # True: no dropout, and BatchNorm by its running statistics, which stay as they are
+    mode: LayerMode = "train"
     gradient_checkpointing: bool = False  # activations are computed anew in the backward pass: less memory, more time
     precision: Precision = "auto"  # fp32, bf16, or the faster one for model and device: training.precision_for
 

@@ -37,7 +37,7 @@ from expunge.files import write_atomically
 from expunge.journal import Journal, Meter
 from expunge.processes import Ranks, agreed, gathered, ranks, shared_statistics, summed
 from expunge.recompute import recomputed
-from expunge.schema import Precision, Predictions, Preprocessing, TrainConfig
+from expunge.schema import LayerMode, Precision, Predictions, Preprocessing, TrainConfig
 from expunge.sharding import put_together, sharding, shards_of, share_out, whole
 
 
@@ -139,7 +139,7 @@ def train(
         running = Statistics(trained)
         for epoch in range(first_epoch, epochs):
             meter.start_epoch()
-            to_train(trained, eval_mode=config.eval_mode)
+            to_train(trained, config.mode)
             statistics = nullcontext() if config.update_norm_statistics else kept_statistics(trained)
             with seeded(_seed_of(seed, epoch)), statistics:
                 if hasattr(mixed, "set_epoch"):
@@ -403,17 +403,18 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def to_train(model: nn.Module, *, eval_mode: bool) -> None:
-    """Put `model` into train mode; with `eval_mode`, only what could not be trained without."""
+def to_train(model: nn.Module, mode: LayerMode) -> None:
+    """Put `model` into train mode; with batch, only what normalizes by its batch; with eval, only what must be."""
     for module in model.modules():
         # without train mode cuDNN's recurrent layers have no backward pass, and transformers keeps all activations
         needed = isinstance(module, nn.RNNBase) or getattr(module, "gradient_checkpointing", False)
-        module.training = not eval_mode or bool(needed)
+        by_batch = mode == "batch" and has_running_statistics(module)
+        module.training = mode == "train" or by_batch or bool(needed)
 
 
 def _by_the_batch(model: nn.Module, config: TrainConfig) -> bool:
     """Return whether layers normalize by the batch, so that what an image gives depends on the others in it."""
-    return not config.eval_mode and any(map(has_running_statistics, model.modules()))
+    return config.mode != "eval" and any(map(has_running_statistics, model.modules()))
 
 
 def has_running_statistics(module: nn.Module) -> bool:

@@ -52,9 +52,11 @@ class Calibration:
     check_every: int = 8  # impair steps between readings
     called: float = 0.05  # a class counts as gone where no more of its impressions, of any kind, are called it,
     probability: float = 0.005  # and, after repair, where its mean probability on them is nowhere higher
-    floor: float = 0.3  # agreement with the original, beyond chance, below which impair did too much
+    floor: float = 0.2  # agreement with the original, beyond chance, below which impair did too much
     depth: float = 0.6  # and to which it must bring the model: a class is gone at the output before it is gone inside
     plenty: int = 8192  # retained images from which on impair is at its full rate; fewer repair less: their root counts
+    by_batch: int = 128  # images a batch must have for BatchNorm to go by it; with smaller ones models are in eval mode
+    eval_rate: float = 2 / 3  # of repair's rate, in eval mode
     trials: int = 4  # rates that impair may try in a round, each half the one before and from the same weights
     rounds: int = 2  # times that impair and repair may be done; the second at twice the rate where the class is left
     cycles: int = 2  # of repair in a round; those after the first are a quarter as long, at half the rate
@@ -62,10 +64,10 @@ class Calibration:
     lost: float = 0.15  # loss at which a round did too much and is done again from the original, at half the rate
 
     def __post_init__(self) -> None:
-        for name in ("held_out_most", "evidence", "check_every", "plenty", "trials", "rounds", "cycles"):
+        for name in ("held_out_most", "evidence", "check_every", "plenty", "by_batch", "trials", "rounds", "cycles"):
             if getattr(self, name) < 1:
                 raise InputError(f"expected {name} of at least 1, got {getattr(self, name)}")
-        for name in ("held_out", "called", "probability", "floor", "back", "lost"):
+        for name in ("held_out", "called", "probability", "floor", "eval_rate", "back", "lost"):
             if not 0 < getattr(self, name) < 1:
                 raise InputError(f"expected {name} between 0 and 1, got {getattr(self, name)}")
         if not self.floor < self.depth <= 1:
@@ -88,13 +90,15 @@ class UnsirConfig:
     noise_share: float = 0.25  # of the images in impair, in (0, 1)
     noise_repeats: int | None = None  # times each noise image is shown in a pass; None: as noise_share asks
     impair: TrainConfig = field(
-        default_factory=lambda: TrainConfig(steps=48, lr=0.0035, batch_size=128, schedule="one_cycle", eval_mode=True)
+        default_factory=lambda: TrainConfig(
+            steps=48, lr=0.004, batch_size=128, schedule="one_cycle", update_norm_statistics=False, mode="batch"
+        )
     )
     impressions: int = 96  # images the original calls a forget class, of all classes together; 0: none (paper)
     impression_share: float = 0.25  # of the images in impair, in (0, 1)
     impression_share_repair: float = 0.1  # of the images in repair, in (0, 1)
     repair: TrainConfig = field(
-        default_factory=lambda: TrainConfig(steps=320, lr=0.001, batch_size=128, schedule="one_cycle", eval_mode=True)
+        default_factory=lambda: TrainConfig(steps=320, lr=0.0015, batch_size=128, schedule="one_cycle", mode="batch")
     )
     repair_temperature: float | None = 4.0  # of the original's answers that repair distils; None: train on labels
     mirrored: bool = True  # distil the original's answers on mirrored retained images too: twice the questions to it
@@ -470,14 +474,19 @@ class _Calibrated:
         training, held_out = hold_out(split.retain, share=plan.held_out, most=plan.held_out_most, seed=seed)
         self.split = replace(split, retain=training)
         samples = sum(count_labels(training).values())
-        batch = _fitting_batch(samples)
         mildness = min(1.0, math.sqrt(samples / plan.plenty))
+
+        def fitted(own: TrainConfig) -> TrainConfig:
+            size = min(_fitting_batch(samples), own.batch_size)
+            small = own.mode == "batch" and size < plan.by_batch
+            return replace(own, batch_size=size, mode="eval" if small else own.mode)
+
+        impair, repair = fitted(config.impair), fitted(config.repair)
+        slowed = plan.eval_rate if repair.mode == "eval" else 1.0
         self.config = replace(
             config,
-            impair=replace(
-                config.impair, batch_size=min(batch, config.impair.batch_size), lr=config.impair.lr * mildness
-            ),
-            repair=replace(config.repair, batch_size=min(batch, config.repair.batch_size)),
+            impair=replace(impair, lr=impair.lr * mildness),
+            repair=replace(repair, lr=repair.lr * slowed),
         )
         self.evidence = gather_evidence(
             model,
