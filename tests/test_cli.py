@@ -166,7 +166,7 @@ def test_a_calibrated_run_tells_what_it_found(tmp_path: Path, trained: Trained) 
     assert f"the goal is {'reached' if found['reached'] else 'NOT REACHED'}; {found['why']}." in told
     assert f"signals read on {found['held_out']} held-out" in told
     for trial in found["trials"]:
-        assert f"{trial['rate']:g} ({trial['outcome']} after {trial['steps']} steps)" in told
+        assert f"{trial['rate']:.3g} ({trial['outcome']} after {trial['steps']} steps)" in told
     assert "impair: " in result.stderr
     assert "still called: retained" in result.stderr
     assert record["samples_read"]["method"]["3"] == 0
