@@ -323,24 +323,35 @@ def test_a_rate_that_does_too_much_is_halved_until_it_does_not(nets: Nets) -> No
         assert not journal.calibration.back  # lost, and said so
 
 
+BY_BATCH = replace(
+    UNREACHABLE,
+    impair=replace(UNREACHABLE.impair, mode="batch"),
+    repair=replace(UNREACHABLE.repair, mode="batch"),
+)
+
+
+def with_batches_under(size: int) -> UnsirConfig:
+    return replace(BY_BATCH, calibration=replace(BY_BATCH.calibration or Calibration(), by_batch=size, rounds=1))
+
+
 @pytest.mark.parametrize(("by_batch", "moves"), [(64, True), (65, False)])
 def test_batchnorm_goes_by_its_running_statistics_where_batches_are_small(
     nets: Nets, by_batch: int, moves: bool
 ) -> None:
-    case, journal = nets.get("tied"), Journal()
-    plan = replace(UNREACHABLE.calibration or Calibration(), by_batch=by_batch, rounds=1)
-    config = replace(
-        UNREACHABLE,
-        impair=replace(UNREACHABLE.impair, mode="batch"),
-        repair=replace(UNREACHABLE.repair, mode="batch"),
-        calibration=plan,
-    )
+    case, journal, config = nets.get("tied"), Journal(), with_batches_under(by_batch)
     unlearned = unsir(case.model, case.split.zero_glance(), config, seed=0, journal=journal)
     for name in ("norm.running_mean", "norm.running_var"):
         assert torch.equal(unlearned.state_dict()[name], case.model.state_dict()[name]) is not moves
     assert journal.calibration is not None
     assert journal.calibration.batch_size == 64
     assert journal.calibration.repair_rate == pytest.approx(1e-7 if moves else 2e-7 / 3)
+
+
+def test_small_batches_slow_no_model_without_batchnorm(nets: Nets) -> None:
+    case, journal = nets.get("norm-free"), Journal()
+    unsir(case.model, case.split.zero_glance(), with_batches_under(65), seed=0, journal=journal)
+    assert journal.calibration is not None
+    assert journal.calibration.repair_rate == pytest.approx(1e-7)
 
 
 @pytest.mark.parametrize("lr", [1e3, 1e6])

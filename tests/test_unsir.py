@@ -25,6 +25,7 @@ from expunge.methods.unsir import (
     learn_noise,
     noise_objective,
     repair,
+    taught_answers,
     teach,
     unsir,
 )
@@ -181,6 +182,29 @@ def test_retained_answers_leave_the_gone_classes_out() -> None:
     assert torch.equal(logits, before)
 
 
+def test_what_is_taught_mixes_answer_and_label() -> None:
+    logits = torch.tensor([[math.log(3.0), 50.0, 0.0], [math.log(3.0), 50.0, 0.0]])
+    labels = torch.tensor([0, 2])
+    mixed = torch.tensor([[7 / 8, 0.0, 1 / 8], [3 / 8, 0.0, 5 / 8]])  # halves of answer (3/4, 1/4) and label
+    torch.testing.assert_close(taught_answers(logits, labels, (1,), 1.0, 0.5), mixed)
+    soft = mixed.sqrt() / mixed.sqrt().sum(1, keepdim=True)
+    torch.testing.assert_close(taught_answers(logits, labels, (1,), 2.0, 0.5), soft)
+    assert torch.equal(taught_answers(logits, labels, (1,), 2.0, 0.0), retained_answers(logits, (1,), 2.0))
+    sure = torch.tensor([[200.0, 0.0, -200.0]])  # a label that the original gives no probability at all
+    torch.testing.assert_close(taught_answers(sure, labels[1:], (1,), 1.0, 0.5), torch.tensor([[0.5, 0.0, 0.5]]))
+
+
+def test_a_stream_is_taught_its_labels_too() -> None:
+    original = nn.Sequential(nn.Flatten(), nn.Linear(4, 3, bias=False))
+    images, labels = torch.randn((5, 1, 2, 2)), torch.tensor([0, 2, 0, 2, 0])
+    with torch.no_grad():
+        taught = taught_answers(original(images), labels, (1,), 2.0, 0.5)
+    perfect = 2 * taught.log().clamp_min(-1e4)
+    objective = distil_retained(original, (1,), 2.0, label_weight=0.5)
+    assert objective(perfect, Batch(images, labels, None)).item() == pytest.approx(0, abs=1e-5)
+    assert objective(perfect, Batch(images, 2 - labels, None)).item() > 0.01
+
+
 def test_a_lesson_asks_for_mirrored_images_too() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
@@ -189,14 +213,19 @@ def test_a_lesson_asks_for_mirrored_images_too() -> None:
     retain: Any = split.retain
     taught: Any = lesson.retain
     assert len(taught) == 2 * len(retain)
+    temperature = SMALL.repair_temperature or 1.0
     for index in (0, len(retain) - 1):
         image, label = retain[index]
-        for shown, target_of in ((image, taught[index]), (image.flip(-1), taught[len(retain) + index])):
+        for shown, target_of, weight in (
+            (image, taught[index], SMALL.label_weight),
+            (image.flip(-1), taught[len(retain) + index], 0.0),  # a mirrored digit is another
+        ):
             seen, said, target = target_of
             assert torch.equal(seen, shown)
             assert said == label
-            answers = retained_answers(model(shown.unsqueeze(0)), split.forget_classes, SMALL.repair_temperature or 1.0)
-            torch.testing.assert_close(target, answers[0].detach())
+            logits = model(shown.unsqueeze(0)).detach()
+            answers = taught_answers(logits, torch.tensor([label]), split.forget_classes, temperature, weight)
+            torch.testing.assert_close(target, answers[0])
     plain: Any = teach(model, split, replace(SMALL, mirrored=False)).retain
     assert len(plain) == len(retain)
 
@@ -278,6 +307,7 @@ def test_nan_stops_with_the_step_and_what_to_lower() -> None:
         ({"noise_per_class": 0}, "noise_per_class of at least 1"),
         ({"noise_lr": -1.0}, "positive noise_lr"),
         ({"noise_share": 1.0}, "noise_share between 0 and 1"),
+        ({"label_weight": 1.0}, "label_weight in \\[0, 1\\)"),
         ({"noise_repeats": 0}, "noise_repeats of at least 1"),
         ({"noise_images": 0}, "noise_images of at least 1"),
         ({"impressions": -1}, "impressions of at least 0"),

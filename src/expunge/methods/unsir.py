@@ -31,7 +31,16 @@ from expunge.signals import (
     read_signals,
     retained_answers,
 )
-from expunge.training import Batch, Objective, as_tensor, logits_of, predict, seeded, train
+from expunge.training import (
+    Batch,
+    Objective,
+    as_tensor,
+    has_running_statistics,
+    logits_of,
+    predict,
+    seeded,
+    train,
+)
 
 NOTEBOOK_DEFECTS = {
     "three_noise_images": "of each class's noise only as many images as an image has channels are used",
@@ -101,6 +110,7 @@ class UnsirConfig:
         default_factory=lambda: TrainConfig(steps=320, lr=0.0015, batch_size=128, schedule="one_cycle", mode="batch")
     )
     repair_temperature: float | None = 4.0  # of the original's answers that repair distils; None: train on labels
+    label_weight: float = 0.5  # of the label, beside the original's answer, in what repair teaches; in [0, 1)
     mirrored: bool = True  # distil the original's answers on mirrored retained images too: twice the questions to it
     forget_margin: float = 3.0  # added to forgotten logits while distilling, so that they end so much lower
     calibration: Calibration | None = field(default_factory=Calibration)  # None: all as stated, nothing is read
@@ -134,6 +144,8 @@ class UnsirConfig:
             raise InputError(f"expected impressions of at least 0, got {self.impressions}")
         if not self.forget_margin >= 0:
             raise InputError(f"expected a forget_margin of at least 0, got {self.forget_margin}")
+        if not 0 <= self.label_weight < 1:
+            raise InputError(f"expected label_weight in [0, 1), got {self.label_weight}")
         if self.repair_temperature is not None and not self.repair_temperature > 0:
             raise InputError(f"expected a positive repair_temperature, got {self.repair_temperature}")
         unknown = sorted(set(self.defects) - set(NOTEBOOK_DEFECTS))
@@ -378,7 +390,8 @@ def teach(
 ) -> Lesson:
     """Return the lesson of distillation: the original's answers over retained classes, on retained samples,
     impressions and noise. On an impression it is the answer on the image that it was made from: what made it the class
-    shall mean nothing. Answers on a retain sample in memory are computed once.
+    shall mean nothing. On retained samples their labels have a part in it (`taught_answers`); on mirrored ones not, for
+    a mirrored image need not keep its class. Answers on a retain sample in memory are computed once.
 
     Source of distillation: Hinton et al., arXiv:1503.02531.
     """
@@ -388,12 +401,14 @@ def teach(
     teacher = copy.deepcopy(original).eval()
     retain = split.retain
     if not isinstance(retain, IterableDataset):
+        labels = torch.from_numpy(labels_of(retain))
         retain = ConcatDataset([retain, Mirrored(retain)]) if config.mirrored else retain
         own = predict(
             teacher, retain, preprocessing=split.preprocessing, precision=config.repair.precision, journal=journal,
             phase="answers",
         )  # fmt: skip
-        retain = Taught(retain, retained_answers(own.logits, gone, temperature))
+        known = taught_answers(own.logits[: len(labels)], labels, gone, temperature, config.label_weight)
+        retain = Taught(retain, torch.cat([known, retained_answers(own.logits[len(labels) :], gone, temperature)]))
     synthetic: Dataset[Sample] | None = None
     if impressions is not None:
         images, asked, labels = impressions.images, impressions.starts, impressions.labels
@@ -403,14 +418,43 @@ def teach(
         answers = predict(teacher, TensorImages(asked, labels), precision=config.repair.precision)
         taught = Taught(TensorImages(images, labels), retained_answers(answers.logits, gone, temperature))
         synthetic = _as_share(taught, config.impression_share_repair, retain)
-    return Lesson(retain, synthetic, distil_retained(teacher, gone, temperature, config.forget_margin))
+    objective = distil_retained(teacher, gone, temperature, config.forget_margin, config.label_weight)
+    return Lesson(retain, synthetic, objective)
 
 
-def distil_retained(original: nn.Module, gone: tuple[int, ...], temperature: float, margin: float = 0.0) -> Objective:
+def taught_answers(
+    logits: Tensor, labels: Tensor, gone: tuple[int, ...], temperature: float, label_weight: float
+) -> Tensor:
+    """Return what repair teaches on retained samples, probabilities (N, C), 0 for the classes `gone`.
+
+    The original's answer over retained classes and the label are mixed as probabilities, and the mixture is softened by
+    the temperature: where the original is right, next to nothing changes; where it is wrong, it is corrected.
+
+    Args:
+        logits: (N, C) of the original.
+        labels: (N,) int64, retained ones.
+        label_weight: the label's share, in [0, 1).
+    """
+    if label_weight:
+        kept = logits.index_fill(1, torch.tensor(gone, device=logits.device), -torch.inf)
+        mixed = kept.log_softmax(1) + math.log1p(-label_weight)
+        own = labels.unsqueeze(1)
+        share = torch.full_like(own, math.log(label_weight), dtype=mixed.dtype)
+        logits = mixed.scatter(1, own, torch.logaddexp(mixed.gather(1, own), share))
+    return retained_answers(logits, gone, temperature)
+
+
+def distil_retained(
+    original: nn.Module,
+    gone: tuple[int, ...],
+    temperature: float,
+    margin: float = 0.0,
+    label_weight: float = 0.0,
+) -> Objective:
     """Return the loss KL(what is taught || the model's answer over all classes), times temperature squared.
 
-    Taught is a sample's target where it has one, else the original's answer over the retained classes: the model
-    learns what the original knows of those, and that the classes `gone` do not exist.
+    Taught is a sample's target where it has one, else what `taught_answers` says: the model learns what the original
+    knows of the retained classes, and that the classes `gone` do not exist.
 
     Args:
         margin: added to the logits of `gone` before they are compared. Where a class has no probability left on what is
@@ -422,7 +466,8 @@ def distil_retained(original: nn.Module, gone: tuple[int, ...], temperature: flo
         open_ones = torch.isnan(taught[:, 0])
         if open_ones.any():
             with torch.no_grad():
-                answers = retained_answers(logits_of(original(batch.images[open_ones])), gone, temperature)
+                known = logits_of(original(batch.images[open_ones]))
+                answers = taught_answers(known, batch.labels[open_ones], gone, temperature, label_weight)
             taught = taught.index_put((open_ones.nonzero().flatten(),), answers)
         raised = torch.zeros(logits.shape[1], device=logits.device)
         raised[list(gone)] = margin
@@ -475,10 +520,11 @@ class _Calibrated:
         self.split = replace(split, retain=training)
         samples = sum(count_labels(training).values())
         mildness = min(1.0, math.sqrt(samples / plan.plenty))
+        by_batch = any(map(has_running_statistics, model.modules()))
 
         def fitted(own: TrainConfig) -> TrainConfig:
             size = min(_fitting_batch(samples), own.batch_size)
-            small = own.mode == "batch" and size < plan.by_batch
+            small = by_batch and own.mode == "batch" and size < plan.by_batch
             return replace(own, batch_size=size, mode="eval" if small else own.mode)
 
         impair, repair = fitted(config.impair), fitted(config.repair)
