@@ -96,7 +96,7 @@ def quick(request: Request) -> list[Cell]:
 
 
 def slice_of_cifar10(request: Request) -> list[Cell]:
-    """All methods on CIFAR-10 with 300 images a class: half an hour on two cores."""
+    """All methods on CIFAR-10 with 300 images a class: a quarter of an hour on two cores."""
     original = Original(
         data="cifar10",
         options=_options(request, "cifar10"),
@@ -255,8 +255,8 @@ def analysis_points(request: Request) -> dict[str, list[Point]]:
 BASE = ("classes", "methods", "seeds", "trials", "audits")
 
 SUITES: Mapping[str, Suite] = {
-    "quick": Suite(quick, "all methods on digits, with tuning; no download; about ten minutes on two cores"),
-    "slice": Suite(slice_of_cifar10, "all methods on 300 images a class of CIFAR-10; half an hour", ("data",), BASE),
+    "quick": Suite(quick, "all methods on digits, with tuning; no download; five minutes on two cores"),
+    "slice": Suite(slice_of_cifar10, "all methods on 300 images a class of CIFAR-10; a quarter of an hour on two cores", ("data",), BASE),
     "field": Suite(field, "all methods, CIFAR-10, ResNet18, ten classes; needs a GPU or days", ("data",), BASE),
     "paper": Suite(paper, "the paper's models, class sets and baselines; needs a GPU or days", ("data",), BASE),
     "own": Suite(
