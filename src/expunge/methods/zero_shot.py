@@ -180,8 +180,7 @@ class _Transfer:
             noise = torch.randn(self.config.batch_size, self.config.noise_size).to(device)
             for _ in range(self.config.generator_steps):
                 self._teach_generator(noise)
-            for _ in range(self.config.student_steps):
-                self._teach_student(noise, meter)
+            self._teach_student(noise, meter)
             if self.empty >= PATIENCE:
                 self._go_back()
             elif self.empty == 0 and number % SNAPSHOT_EVERY == 0:
@@ -202,20 +201,21 @@ class _Transfer:
         self._step(loss, self.generator_optimizer, list(self.generator.parameters()))
 
     def _teach_student(self, noise: Tensor, meter: Meter) -> None:
-        """Step towards the original's answers and attention on generated images."""
+        """Step towards the original's answers and attention on generated images, which stay the same meanwhile."""
         with torch.no_grad():
             images = self.generator(noise)
             with recorded(self.original, self.names) as theirs:
                 answers = logits_of(self.original(images))
+        for _ in range(self.config.student_steps):
             passed = self._gate(answers)
-        if passed is None:
-            return
-        with recorded(self.student, self.names) as own:
-            logits = logits_of(self.student(images[passed]))
-        pairs = zip(own, (maps[passed] for maps in theirs), strict=True)
-        loss = transfer_loss(logits, answers[passed], list(pairs), self.config.attention)
-        self._step(loss, self.student_optimizer, [p for p in self.student.parameters() if p.requires_grad])
-        meter.step(loss=loss.item(), samples=int(passed.sum()))
+            if passed is None:
+                continue
+            with recorded(self.student, self.names) as own:
+                logits = logits_of(self.student(images[passed]))
+            pairs = zip(own, (maps[passed] for maps in theirs), strict=True)
+            loss = transfer_loss(logits, answers[passed], list(pairs), self.config.attention)
+            self._step(loss, self.student_optimizer, [p for p in self.student.parameters() if p.requires_grad])
+            meter.step(loss=loss.item(), samples=int(passed.sum()))
 
     def _gate(self, answers: Tensor) -> Tensor | None:
         """Return which images pass, (N,) bool; None where fewer than two do, which BatchNorm cannot train on."""
