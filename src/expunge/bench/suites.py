@@ -256,7 +256,12 @@ BASE = ("classes", "methods", "seeds", "trials", "audits")
 
 SUITES: Mapping[str, Suite] = {
     "quick": Suite(quick, "all methods on digits, with tuning; no download; five minutes on two cores"),
-    "slice": Suite(slice_of_cifar10, "all methods on 300 images a class of CIFAR-10; a quarter of an hour on two cores", ("data",), BASE),
+    "slice": Suite(
+        slice_of_cifar10,
+        "all methods on 300 images a class of CIFAR-10; a quarter of an hour on two cores",
+        ("data",),
+        BASE,
+    ),
     "field": Suite(field, "all methods, CIFAR-10, ResNet18, ten classes; needs a GPU or days", ("data",), BASE),
     "paper": Suite(paper, "the paper's models, class sets and baselines; needs a GPU or days", ("data",), BASE),
     "own": Suite(
