@@ -29,6 +29,7 @@ from expunge.data import TensorImages
 from expunge.errors import InputError
 from expunge.journal import Journal
 from expunge.methods import METHODS
+from expunge.report.rerun import rerun_bench
 from expunge.schema import Phase, Split, TrainConfig
 from expunge.workspace import DataOptions
 from test_bench_runner import NET, tiny_cells
@@ -66,6 +67,16 @@ def test_the_papers_grid(tmp_path: Path) -> None:
     assert ten == {("0",), ("1", "2"), ("3", "4", "5", "6"), ("3", "4", "5", "6", "7", "8", "9")}
     assert len({cell.original.model for cell in cells if cell.original.data == "cifar10"}) == 4
     assert {cell.original.data for cell in cells} == {"cifar10", "cifar100", "yaleb"}
+
+
+def test_only_some_cells_with_all_else_the_same() -> None:
+    cells = suite_cells("quick", Request())
+    asked = Request(only=("digits-*-t1-3-unsir-*", "*-scrub-tuned-*"))
+    chosen = suite_cells("quick", asked)
+    assert {(cell.method, cell.original.seed) for cell in chosen} == {("unsir", 1), *(("scrub", s) for s in range(3))}
+    assert [cell for cell in cells if cell in chosen] == chosen
+    command = rerun_bench({"suite": "quick", "asked": {"only": list(asked.only)}})
+    assert command == "expunge bench quick --only 'digits-*-t1-3-unsir-*,*-scrub-tuned-*' --out again"
 
 
 def test_ids_are_the_same_in_every_process_and_wherever_the_data_lies() -> None:
@@ -111,6 +122,7 @@ def test_names() -> None:
         ("quick", Request(seeds=0), "expected --seeds of at least 1"),
         ("quick", Request(trials=0), "expected --trials of at least 1"),
         ("paper", CIFAR, "expected a folder cifar100"),
+        ("quick", Request(only=("digit",)), "no cell of the suite quick matches --only digit: .* as in digits-"),
     ],
 )
 def test_mistakes(suite: str, request_: Request, message: str) -> None:

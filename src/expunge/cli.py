@@ -413,6 +413,14 @@ def bench(
         str | None,
         typer.Option(metavar="A,B", help="Attacks of expunge audit, on every cell.", rich_help_panel="What"),
     ] = None,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B",
+            help="Only cells named so by --dry-run; * is any text: 'cifar10-resnet18-*'.",
+            rich_help_panel="What",
+        ),
+    ] = None,
     analysis: Annotated[
         str | None,
         typer.Option(
@@ -485,6 +493,7 @@ def bench(
             seeds=seeds,
             trials=trials,
             audits=listed(audits),
+            only=listed(only),
             analysis=listed(analysis),
             model=model,
             weights=weights,

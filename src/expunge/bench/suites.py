@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from expunge.audits import AUDITS
@@ -36,6 +37,7 @@ class Request:
     seeds: int | None = None  # training seeds: 0, 1, ...; of `own`: unlearning seeds
     trials: int | None = None  # of tuning, the default settings being the first; 1: no tuning
     audits: tuple[str, ...] = ()  # of expunge.AUDITS, for every cell; in `analyses` of the gold standard alone
+    only: tuple[str, ...] = ()  # cells whose id matches one of these patterns
     analysis: tuple[str, ...] = ()  # of `analyses`: only these
     model: str | None = None  # of `own` and `analyses`
     weights: Path | None = None  # of `own`
@@ -57,12 +59,13 @@ def suite_cells(name: str, request: Request) -> list[Cell]:
     """Return the cells of a suite, in an order that is the same everywhere.
 
     Raises:
-        InputError: there is no such suite, it needs something that is missing, or something given means nothing to it.
+        InputError: there is no such suite, it needs something that is missing, something given means nothing to it, or
+            no cell is among those asked for.
     """
     if name not in SUITES:
         raise InputError(f"unknown suite {name!r}: expected one of {', '.join(SUITES)}")
     suite = SUITES[name]
-    given = {field for field, value in vars(request).items() if value not in (None, ())}
+    given = {field for field, value in vars(request).items() if value not in (None, ()) and field != "only"}
     for field in suite.needs:
         if field not in given:
             raise InputError(f"the suite {name} needs {_option(field)}")
@@ -78,7 +81,14 @@ def suite_cells(name: str, request: Request) -> list[Cell]:
         raise InputError(f"expected --seeds of at least 1, got {request.seeds}")
     if request.trials is not None and request.trials < 1:
         raise InputError(f"expected --trials of at least 1, got {request.trials}")
-    return suite.make(request)
+    cells = suite.make(request)
+    chosen = [cell for cell in cells if not request.only or any(fnmatchcase(cell.id, one) for one in request.only)]
+    if not chosen:
+        raise InputError(
+            f"no cell of the suite {name} matches --only {','.join(request.only)}: expected a name that --dry-run "
+            f"prints, with * for any text, as in {cells[0].id.partition('-')[0]}-*"
+        )
+    return chosen
 
 
 # The suites

@@ -22,6 +22,8 @@ BENCH: Form = {
         "classes": [[TEXT]],
         "methods": [TEXT],
         "audits": [TEXT],
+        "only": [TEXT],
+        "analysis": [TEXT],
         "*": ANYTHING,
     },
     "cells": {"*": NUMBER},

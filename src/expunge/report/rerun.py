@@ -39,7 +39,7 @@ def rerun_bench(record: Part) -> str:
     words = ["expunge", "bench", record["suite"], *_each("--data", (asked.get("data") or {}).get("spec"))]
     for classes in asked.get("classes") or ():
         words += _each("--classes", ",".join(classes))
-    for name in ("methods", "audits"):
+    for name in ("methods", "audits", "only", "analysis"):
         if asked.get(name):
             words += _each(f"--{name}", ",".join(asked[name]))
     for name in ("seeds", "trials", "weights", "model", "epochs", "retain_per_class"):
