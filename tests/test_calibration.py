@@ -17,7 +17,7 @@ from conftest import Tiny
 from expunge.data import TensorImages, draw, open_source, stage, with_test_split, without
 from expunge.errors import DivergedError, InputError
 from expunge.journal import Journal
-from expunge.methods.unsir import Calibration, UnsirConfig, unsir
+from expunge.methods.unsir import Calibration, UnsirConfig, _goal, unsir
 from expunge.schema import Signals, TrainConfig
 from expunge.signals import IMPRESSION_STEPS, KINDS
 from expunge.training import train
@@ -321,6 +321,18 @@ def test_a_rate_that_does_too_much_is_halved_until_it_does_not(nets: Nets) -> No
     # 45 held-out images see no less than two of them, beside the loss that counts as back
     if case.accuracy(unlearned, forget=False) < case.accuracy(case.model, forget=False) - plan.back - 2 / 45:
         assert not journal.calibration.back  # lost, and said so
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "held_out", "least"),
+    [
+        (0.9, 400, 0.9 - 0.08 - 0.015),  # the standard error of .9 on 400 images is .015
+        (0.5, 25, 0.5 - 0.08 - 0.1),
+        (1.0, 5, 0.8),  # no image is lost by chance, but less than one cannot be
+    ],
+)
+def test_accuracy_is_back_within_what_held_out_images_can_show(accuracy: float, held_out: int, least: float) -> None:
+    assert _goal(accuracy, held_out, 0.08) == pytest.approx(least, abs=1e-6)
 
 
 BY_BATCH = replace(

@@ -69,7 +69,8 @@ class Calibration:
     trials: int = 4  # rates that impair may try in a round, each half the one before and from the same weights
     rounds: int = 2  # times that impair and repair may be done; the second at twice the rate where the class is left
     cycles: int = 2  # of repair in a round; those after the first are a quarter as long, at half the rate
-    back: float = 0.08  # loss of accuracy on held-out retained images, which the original was trained on, that is back
+    back: float = 0.08  # loss of accuracy on held-out retained images, beyond its standard error, that counts as back:
+    # the original was trained on them
     lost: float = 0.15  # loss at which a round did too much and is done again from the original, at half the rate
 
     def __post_init__(self) -> None:
@@ -551,7 +552,7 @@ class _Calibrated:
         noise = learn_noise(self.model, split, config, seed=self.seed, journal=self.journal)
         impressions = _impressions(self.model, split, config, seed=self.seed, journal=self.journal)
         lesson = teach(self.model, split, config, impressions, noise, journal=self.journal)
-        goal = _accuracy(self.evidence) - max(self.plan.back, 1 / len(self.evidence.labels)) - 1e-9
+        goal = _goal(_accuracy(self.evidence), len(self.evidence.labels), self.plan.back)
         best: tuple[nn.Module, Signals] | None = None
         model, rate, found, rounds = self.model, config.impair.lr, 0.0, 0
         for rounds in range(1, self.plan.rounds + 1):
@@ -742,6 +743,15 @@ def _repair(
 def _accuracy(evidence: Evidence) -> float:
     """Return the original's accuracy on held-out retained images, with no forgotten class to answer."""
     return (evidence.answers.argmax(1) == evidence.labels).double().mean().item()
+
+
+def _goal(accuracy: float, held_out: int, back: float) -> float:
+    """Return the least accuracy on `held_out` images that is back where the original has `accuracy`.
+
+    A standard error less than `back` allows, and at least one image: no cycle of repair mends what few images show.
+    """
+    error = math.sqrt(accuracy * (1 - accuracy) / held_out)
+    return accuracy - max(back + error, 1 / held_out) - 1e-9
 
 
 def _fitting_batch(samples: int) -> int:
