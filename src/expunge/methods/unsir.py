@@ -402,14 +402,14 @@ def teach(
     teacher = copy.deepcopy(original).eval()
     retain = split.retain
     if not isinstance(retain, IterableDataset):
-        labels = torch.from_numpy(labels_of(retain))
+        count = len(retain)  # type: ignore[arg-type]
         retain = ConcatDataset([retain, Mirrored(retain)]) if config.mirrored else retain
         own = predict(
             teacher, retain, preprocessing=split.preprocessing, precision=config.repair.precision, journal=journal,
             phase="answers",
         )  # fmt: skip
-        known = taught_answers(own.logits[: len(labels)], labels, gone, temperature, config.label_weight)
-        retain = Taught(retain, torch.cat([known, retained_answers(own.logits[len(labels) :], gone, temperature)]))
+        known = taught_answers(own.logits[:count], own.labels[:count], gone, temperature, config.label_weight)
+        retain = Taught(retain, torch.cat([known, retained_answers(own.logits[count:], gone, temperature)]))
     synthetic: Dataset[Sample] | None = None
     if impressions is not None:
         images, asked, labels = impressions.images, impressions.starts, impressions.labels
@@ -460,6 +460,7 @@ def distil_retained(
     Args:
         margin: added to the logits of `gone` before they are compared. Where a class has no probability left on what is
             at hand, nothing else pushes it lower; in a retrained model its logit is low on every image.
+        label_weight: of the labels, in what is taught on samples without a target.
     """
 
     def objective(logits: Tensor, batch: Batch) -> Tensor:
