@@ -543,6 +543,23 @@ def test_the_program_starts_without_torch() -> None:
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
+def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
+    program = Path(sys.executable).with_name("expunge")
+    reader, writer = os.pipe()
+    os.close(reader)  # as `head` does when it has its lines
+    try:
+        done = subprocess.run(
+            [str(program), "bench", "quick", "--out", str(tmp_path / "out"), "--dry-run"],
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_a_mistake_through_the_entry_point(tmp_path: Path, trained: Trained) -> None:
     done = entry(trained.arguments(tmp_path / "out", classes="cat"))
     assert_refused(done.returncode, done.stderr, "unknown class 'cat'", tmp_path / "out")

@@ -790,6 +790,8 @@ def _user_errors(interrupted: str = "", *, together: bool = False) -> Iterator[N
         if _several():
             processes.wait()
         raise
+    except BrokenPipeError:  # whoever read what is printed has gone, as `head` does: click leaves quietly
+        raise
     except Exception as error:  # noqa: BLE001 (every other one is told apart below)
         if _several() and not _tells():
             raise typer.Exit(LOST) from None
