@@ -15,9 +15,9 @@ PACKAGE = Path(expunge.__file__).parent
 LAYERS = (
     {"errors"},
     {"schema"},
-    {"journal", "config", "files", "data", "processes", "convolutions", "memory", "recompute"},
+    {"journal", "config", "files", "data", "processes", "randomness", "convolutions", "memory", "recompute"},
     {"report", "ledger", "signing"},
-    {"sharding"},
+    {"sharding", "batches"},
     {"training"},
     {"metrics", "models", "weights", "signals", "pictures"},
     {"audits"},

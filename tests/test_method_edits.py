@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conftest import Tiny
+from expunge.batches import Batch
 from expunge.data import TensorImages, draw, open_source, stage, with_test_split
 from expunge.errors import DivergedError, InputError
 from expunge.journal import Journal
@@ -69,7 +70,7 @@ from expunge.methods.zero_shot import (
     zero_shot_gkt,
 )
 from expunge.schema import Preprocessing, Split, TrainConfig
-from expunge.training import Batch, device_of, logits_of, train
+from expunge.training import device_of, logits_of, train
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 from conftest import Tiny, TinyNet, random_images
+from expunge.batches import Batch
 from expunge.data import TensorImages
 from expunge.errors import InputError
 from expunge.journal import Journal
@@ -42,7 +43,7 @@ from expunge.methods.salun import SalunConfig, forget_gradients, most_salient, s
 from expunge.methods.scrub import ScrubConfig, disobey, obey, scrub
 from expunge.models import AllCNN
 from expunge.schema import Preprocessing, Split, TrainConfig
-from expunge.training import Batch, predict, train
+from expunge.training import predict, train
 
 LOGITS = torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0]])  # probabilities 3/4, 1/4 and 1/2, 1/2
 

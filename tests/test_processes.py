@@ -19,12 +19,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from expunge.batches import Share, augment
 from expunge.commands import RetainOptions, forget_command, train_command
 from expunge.data import open_source, stage, with_test_split
 from expunge.errors import InputError
 from expunge.processes import Ranks, agreed, gathered, ranks, refuse_several, summed
 from expunge.schema import Preprocessing, TrainConfig
-from expunge.training import Share, augment, predict
+from expunge.training import predict
 from expunge.workspace import DataOptions
 
 HERE = Path(__file__).parent

@@ -16,12 +16,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
+from expunge.batches import Batch, augment
 from expunge.data import ImageTable, StreamedImages, TensorImages
 from expunge.errors import DivergedError, InputError
 from expunge.journal import Journal
 from expunge.schema import Preprocessing, TrainConfig
 from expunge.signals import descend
-from expunge.training import Batch, augment, evaluating, logits_of, predict, to_train, train
+from expunge.training import evaluating, logits_of, predict, to_train, train
 
 GREY = Preprocessing(size=(4, 4), mean=(0.5,), std=(0.25,))
 CONFIG = TrainConfig(epochs=3, lr=0.01, batch_size=16, schedule="one_cycle", flip=True, crop=1)

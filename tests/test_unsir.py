@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from conftest import Tiny, TinyNet, random_images
+from expunge.batches import Batch
 from expunge.data import TensorImages
 from expunge.errors import DivergedError, InputError
 from expunge.journal import Journal
@@ -31,7 +32,6 @@ from expunge.methods.unsir import (
 )
 from expunge.schema import Split, TrainConfig
 from expunge.signals import Impressions, learn_impressions, retained_answers
-from expunge.training import Batch
 
 SMALL = UnsirConfig(
     noise_per_class=8,

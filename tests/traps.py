@@ -18,8 +18,9 @@ from conftest import Tiny, TinyNet
 from expunge.audits.check import INSIDE, OUTPUT, RELEARN, REST
 from expunge.audits.core import AuditData, Subject
 from expunge.data import open_source, stage, with_test_split, without
+from expunge.randomness import seeded
 from expunge.schema import Preprocessing, TrainConfig
-from expunge.training import seeded, train
+from expunge.training import train
 
 
 @dataclass(frozen=True)

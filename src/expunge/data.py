@@ -93,6 +93,10 @@ class TensorImages(Dataset[Sample]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self.images[index], self.labels[index]
 
+    def samples_at(self, index: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Return the samples at `index`, (N,) int64, in one piece, and that they bear no targets."""
+        return self.images[index], self.labels[index], None
+
 
 class StreamedImages(IterableDataset[Sample]):
     """Images decoded by threads shortly before they are needed; memory does not grow with their number.
@@ -806,19 +810,12 @@ def hold_out(dataset: Dataset[Any], *, share: float, most: int, seed: int) -> tu
     return _Chosen(dataset, kept), _Chosen(dataset, held)
 
 
-class _Chosen(Dataset[Any]):
+class _Chosen(Subset[Any]):
     """Some samples of a data set, with their labels listed."""
 
     def __init__(self, dataset: Any, index: Labels) -> None:
-        self.dataset = dataset
-        self.index = index
+        super().__init__(dataset, index.tolist())
         self.labels = labels_of(dataset)[index]
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __getitem__(self, position: int) -> Any:
-        return self.dataset[int(self.index[position])]
 
 
 def without(table: ImageTable, labels: Iterable[int]) -> ImageTable:
@@ -1028,13 +1025,13 @@ def count_labels(dataset: Dataset[Any]) -> dict[int, int]:
 
 def labels_of(dataset: Any) -> Labels:
     """Return the label of each sample; images are decoded only where a data set does not list its labels."""
-    if isinstance(dataset, Subset):
-        return labels_of(dataset.dataset)[np.asarray(dataset.indices, dtype=np.int64)]
-    if isinstance(dataset, ConcatDataset):
-        return np.concatenate([labels_of(part) for part in dataset.datasets])
     listed = getattr(dataset, "labels", None)
     if listed is None:
         listed = getattr(dataset, "targets", None)
+    if listed is None and isinstance(dataset, Subset):
+        return labels_of(dataset.dataset)[np.asarray(dataset.indices, dtype=np.int64)]
+    if listed is None and isinstance(dataset, ConcatDataset):
+        return np.concatenate([labels_of(part) for part in dataset.datasets])
     if listed is None:
         listed = [int(sample[1]) for sample in DataLoader(dataset, batch_size=None)]
     return np.asarray(listed, dtype=np.int64)

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from expunge.errors import InputError, first_line
+from expunge.randomness import seeded
 from expunge.schema import Preprocessing
-from expunge.training import device_of, evaluating, logits_of, seeded
+from expunge.training import device_of, evaluating, logits_of
 
 
 @dataclass(frozen=True)

@@ -21,25 +21,23 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset, IterableDataset
 
+from expunge.batches import Share, as_tensor, together
 from expunge.data import TensorImages, normalize
 from expunge.errors import DivergedError, InputError
 from expunge.journal import Journal, Meter
 from expunge.memory import images_that_fit
 from expunge.processes import Ranks, ranks
+from expunge.randomness import seeded
 from expunge.schema import Precision, Preprocessing, Signals, Split
 from expunge.training import (
     PREDICT_BATCH,
     Parts,
-    Share,
     answer,
-    as_tensor,
     device_of,
     evaluating,
     fastest_layout,
     has_running_statistics,
     precision_for,
-    seeded,
-    together,
 )
 
 Kind = Literal["retained", "blend", "noise"]

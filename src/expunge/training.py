@@ -11,47 +11,33 @@ import math
 import pickle
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from PIL import Image
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
+from expunge.batches import Batch, Share, augment, inputs, loader_of, mix, real_labels, together
 from expunge.convolutions import TinyMaps
-from expunge.data import count_labels, normalize, to_8_bits
 from expunge.errors import DivergedError, InputError
 from expunge.files import write_atomically
 from expunge.journal import Journal, Meter
-from expunge.processes import Ranks, agreed, gathered, ranks, shared_statistics, summed
+from expunge.processes import agreed, gathered, ranks
+from expunge.randomness import seed_of, seeded
 from expunge.recompute import recomputed
 from expunge.schema import LayerMode, Precision, Predictions, Preprocessing, TrainConfig
 from expunge.sharding import put_together, sharding, shards_of, share_out, whole
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one step trains on, on the model's device."""
-
-    images: Tensor  # (N, channels, H, W) float model input
-    labels: Tensor  # (N,) int64
-    targets: Tensor | None  # (N, C) probabilities that samples carry as a third item; NaN where one does not
-
-    def part(self, rows: slice) -> Batch:
-        return Batch(self.images[rows], self.labels[rows], None if self.targets is None else self.targets[rows])
-
 
 Objective = Callable[[Tensor, Batch], Tensor]
 """(logits (N, C), batch) -> scalar loss: the mean of what each sample adds, so that a batch may come in parts."""
@@ -107,8 +93,8 @@ def train(
     trained = shards_of(model) if sharding() else model
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     accelerator = _accelerator()
-    mixed = _mix(dataset, synthetic, seed)
-    loader = _loader(mixed, config.batch_size, place, shuffle=True)
+    mixed = mix(dataset, synthetic, seed)
+    loader = loader_of(mixed, config.batch_size, place, shuffle=True)
     if min(config.batch_size, len(mixed)) == 1 and _by_the_batch(model, config):
         raise InputError("a model with BatchNorm cannot train on batches of one image: give more images a batch")
     epochs = config.epochs if config.steps is None else math.ceil(config.steps / max(1, len(loader)))
@@ -141,18 +127,18 @@ def train(
             meter.start_epoch()
             to_train(trained, config.mode)
             statistics = nullcontext() if config.update_norm_statistics else kept_statistics(trained)
-            with seeded(_seed_of(seed, epoch)), statistics:
+            with seeded(seed_of(seed, epoch)), statistics:
                 if hasattr(mixed, "set_epoch"):
                     mixed.set_epoch(epoch)
                 for pieces, share in loader:
                     if meter.steps == left or done:
                         break
-                    real = _real_labels(pieces, share)
+                    real = real_labels(pieces, share)
                     if not real.keys().isdisjoint(refused):
                         raise InputError(
                             f"a retained sample bears the forgotten label {min(real.keys() & set(refused))}"
                         )
-                    batch = _inputs(pieces, preprocessing, device)
+                    batch = inputs(pieces, preprocessing, device)
                     batch = replace(batch, images=augment(batch.images, config, share))
                     if runner is None:
                         layout = fastest_layout(model, batch.images)
@@ -242,14 +228,14 @@ def predict(
     """
     device = device_of(model)
     check_float32(model)
-    loader = _loader(_mix(dataset, None, 0), batch_size, ranks(), shuffle=False)
+    loader = loader_of(mix(dataset, None, 0), batch_size, ranks(), shuffle=False)
     logits, labels = _Rows(), _Rows()
     sizes: list[int] = []
     layout = torch.channels_last
     with evaluating(model), seeded(0), (journal or Journal()).phase(phase, steps=len(loader)) as meter:
         parts = Parts(meter)
         for pieces, share in loader:
-            batch = _inputs(pieces, preprocessing, device)
+            batch = inputs(pieces, preprocessing, device)
             if not sizes:
                 meter.precision = precision_for(precision, model, batch.images)
             try:
@@ -261,7 +247,7 @@ def predict(
             labels.add(batch.labels[: share.count])
             sizes.append(share.size)
             meter.step(samples=share.size)
-            meter.read(_real_labels(pieces, share))
+            meter.read(real_labels(pieces, share))
         meter.labels = sum(gathered(meter.labels), Counter())
     if not sizes:
         raise InputError("expected samples to predict, got none")
@@ -393,14 +379,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Draw from a random state of `seed`, and put the caller's back afterwards."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)  # of all devices, so all are forked
-        yield
 
 
 def to_train(model: nn.Module, mode: LayerMode) -> None:
@@ -590,248 +568,6 @@ class Statistics:
                 layer.momentum = momentum
 
 
-# Batches
-
-
-@dataclass(frozen=True)
-class Share:
-    """What of a batch is this process's: every size-th sample from that of its rank on; of one process, all.
-
-    A process without any runs on the first sample, so that it is there when the others speak, and counts for nothing.
-    """
-
-    size: int  # samples in the batch, of all processes
-    place: Ranks
-
-    @property
-    def count(self) -> int:
-        """How many samples are this process's own."""
-        return len(range(self.place.rank, self.size, self.place.size))
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.place.rank, None, self.place.size) if self.count else slice(0, 1)
-
-    def weighed(self, loss: Tensor) -> Tensor:
-        """Return a mean over own samples so weighed that the mean over processes is that over all samples."""
-        return loss if self.place.size == 1 else loss * (self.count * self.place.size / self.size)
-
-    def summed(self, loss: float, correct: int) -> tuple[float, int]:
-        """Return the loss and the number of right answers of the whole batch, the same in every process."""
-        if self.place.size == 1:
-            return loss, correct
-        loss, right = summed(loss * self.count / self.size if self.count else 0.0, correct if self.count else 0)
-        return loss, int(right)
-
-    def statistics(self) -> AbstractContextManager[None]:
-        """Normalize by the statistics of the whole batch."""
-        return nullcontext() if self.place.size == 1 else shared_statistics(self.count > 0)
-
-    @contextmanager
-    def drawing(self, *number: int) -> Iterator[None]:
-        """Let a model draw (for dropout) from a state of each process's own, so that the order of samples and
-        augmentation go on as in one process."""
-        if self.place.size == 1:
-            yield
-            return
-        with seeded(_seed_of(*number, self.place.rank)):
-            yield
-
-
-def augment(images: Tensor, config: TrainConfig, share: Share | None = None) -> Tensor:
-    """Return images (N, channels, H, W) mirrored and shifted at random, as `config` says, from torch's random state.
-
-    Args:
-        share: which of a larger batch they are; None: all. What is drawn for an image does not depend on it.
-    """
-    height, width = images.shape[2:]
-    share = share or Share(len(images), Ranks())
-    count = share.size
-    if config.flip:
-        mirrored = (torch.rand(count) < 0.5)[share.rows]
-        images = torch.where(mirrored.to(images.device).view(-1, 1, 1, 1), images.flip(-1), images)
-    if config.crop:
-        if config.crop >= min(height, width):
-            raise InputError(f"expected a crop below the image size {height}x{width}, got {config.crop}")
-        offsets = torch.randint(0, 2 * config.crop + 1, (2, count, 1))[:, share.rows]
-        rows = (offsets[0] + torch.arange(height)).to(images.device)
-        columns = (offsets[1] + torch.arange(width)).to(images.device)
-        padded = F.pad(images, [config.crop] * 4, mode="reflect")
-        index = torch.arange(len(images), device=images.device).view(-1, 1, 1)
-        images = padded.permute(0, 2, 3, 1)[index, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
-    return images
-
-
-Piece = tuple[Tensor, Tensor, Tensor | None]
-"""Images, labels and targets of one origin: uint8 samples and float noise share no tensor before normalization."""
-
-Tagged = tuple[tuple[Any, ...], bool]
-"""A sample, and whether it is real."""
-
-Pieces = tuple[Piece | None, Piece | None]
-"""What of a batch is real, and what is synthetic."""
-
-
-class _Tagged(Dataset[int]):
-    """The places of a data set, or of two after one another; `samples` reads what is at them."""
-
-    def __init__(self, real: Dataset[Any], synthetic: Dataset[Any] | None = None) -> None:
-        self.real = real
-        self.synthetic = synthetic
-
-    def __len__(self) -> int:
-        return _size(self.real) + (_size(self.synthetic) if self.synthetic is not None else 0)
-
-    def __getitem__(self, index: int) -> int:
-        return index
-
-    def is_real(self, index: int) -> bool:
-        return self.synthetic is None or index < _size(self.real)
-
-    def samples(self, places: Sequence[int]) -> list[Tagged]:
-        split = _size(self.real)
-        return [
-            (tuple(self.real[index]), True)
-            if self.synthetic is None or index < split
-            else (tuple(self.synthetic[index - split]), False)
-            for index in places
-        ]
-
-
-class _TaggedStream(IterableDataset[Tagged]):
-    """The same for an iterable data set: synthetic samples are spread evenly at random over its length."""
-
-    def __init__(self, real: Any, synthetic: Any | None, seed: int) -> None:
-        self.real = real
-        self.size = len(real) if hasattr(real, "__len__") else sum(count_labels(real).values())
-        self.synthetic = synthetic
-        self.seed = seed
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return self.size + (len(self.synthetic) if self.synthetic is not None else 0)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-        if hasattr(self.real, "set_epoch"):
-            self.real.set_epoch(epoch)
-
-    def __iter__(self) -> Iterator[Tagged]:
-        rng = np.random.default_rng((self.seed, self.epoch, 1))
-        waiting = rng.permutation(len(self.synthetic) if self.synthetic is not None else 0).tolist()
-        to_come = self.size
-        for sample in self.real:
-            while waiting and rng.random() < len(waiting) / (len(waiting) + max(1, to_come)):
-                yield tuple(cast(Any, self.synthetic)[waiting.pop()]), False
-            yield tuple(sample), True
-            to_come -= 1
-        for index in waiting:
-            yield tuple(cast(Any, self.synthetic)[index]), False
-
-    @staticmethod
-    def is_real(item: Tagged) -> bool:
-        return item[1]
-
-    @staticmethod
-    def samples(items: Sequence[Tagged]) -> Sequence[Tagged]:
-        return items
-
-
-def _mix(real: Dataset[Any], synthetic: Dataset[Any] | None, seed: int) -> Any:
-    if isinstance(real, IterableDataset):
-        return _TaggedStream(real, synthetic, seed)
-    return _Tagged(real, synthetic)
-
-
-def _size(dataset: Dataset[Any]) -> int:
-    return len(cast(Any, dataset))
-
-
-def _loader(dataset: Any, batch_size: int, place: Ranks, *, shuffle: bool) -> DataLoader[Any]:
-    """Return a loader of (pieces, share): all processes go through the same batches, and read their part of each."""
-    streaming = isinstance(dataset, IterableDataset)
-    size = len(dataset)
-    if size == 0:
-        raise InputError("expected a data set with samples, got an empty one")
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        shuffle=shuffle and not streaming,
-        collate_fn=partial(_collate, dataset, place),
-        # BatchNorm cannot train on one sample alone
-        drop_last=shuffle and size > batch_size and size % batch_size == 1,
-    )
-
-
-def _collate(dataset: Any, place: Ranks, items: list[Any]) -> tuple[Pieces, Share]:
-    """Return the real and the synthetic piece of this process's share of a batch."""
-    items = sorted(items, key=dataset.is_real, reverse=True)  # as `_inputs` joins them
-    share = Share(len(items), place)
-    samples = dataset.samples(items[share.rows])
-    real, synthetic = ([sample for sample, tag in samples if tag is wanted] for wanted in (True, False))
-    return (_piece(real), _piece(synthetic)), share
-
-
-def _piece(samples: list[tuple[Any, ...]]) -> Piece | None:
-    if not samples:
-        return None
-    images = [as_tensor(sample[0]) for sample in samples]
-    if len({image.shape for image in images}) > 1:
-        shapes = ", ".join(sorted({str(tuple(image.shape)) for image in images})[:3])
-        raise InputError(f"expected images of one shape, got {shapes}; resize them first")
-    given = next((sample[2] for sample in samples if len(sample) > 2), None)
-    targets = None
-    if given is not None:
-        unknown = torch.full_like(given, torch.nan)
-        targets = torch.stack([sample[2] if len(sample) > 2 else unknown for sample in samples])
-    return torch.stack(images), torch.tensor([int(sample[1]) for sample in samples]), targets
-
-
-def as_tensor(image: Any) -> Tensor:
-    """Return one image, a tensor or PIL image, as a tensor (channels, H, W)."""
-    if isinstance(image, Image.Image):
-        image = to_8_bits(image)
-        image = image if image.mode in ("L", "RGB") else image.convert("RGB")
-        pixels = torch.from_numpy(np.array(image))
-        return pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.permute(2, 0, 1)
-    if not isinstance(image, Tensor) or image.ndim != 3:
-        came = f"a tensor {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
-        raise InputError(f"expected images as tensors (channels, height, width) or PIL images, got {came}")
-    return image
-
-
-def _inputs(both: Pieces, preprocessing: Preprocessing | None, device: torch.device) -> Batch:
-    pieces = [piece for piece in both if piece is not None]
-    images = [normalize(images.to(device, non_blocking=True), preprocessing) for images, _, _ in pieces]
-    return Batch(torch.cat(images), torch.cat([labels for _, labels, _ in pieces]).to(device), _targets(pieces, device))
-
-
-def _targets(pieces: list[Piece], device: torch.device) -> Tensor | None:
-    width = next((targets.shape[1] for _, _, targets in pieces if targets is not None), None)
-    if width is None:
-        return None
-    rows = [t if t is not None else torch.full((len(labels), width), torch.nan) for _, labels, t in pieces]
-    return torch.cat(rows).to(device)
-
-
-def _real_labels(pieces: Pieces, share: Share) -> Counter[int]:
-    return Counter(pieces[0][1].tolist()) if pieces[0] is not None and share.count else Counter()
-
-
-def together(parts: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-    """Return the rows of batches of `sizes`, in order, of which this process has its share in `parts`."""
-    mine = torch.cat(list(parts))
-    place = ranks()
-    if place.size == 1:
-        return mine
-    whole = mine.new_empty((sum(sizes), *mine.shape[1:]))
-    for rank, rows in enumerate(gathered(mine)):
-        starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-        index = [np.arange(start + rank, start + size, place.size) for start, size in zip(starts, sizes, strict=True)]
-        whole[torch.from_numpy(np.concatenate(index))] = rows
-    return whole
-
-
 # Optimizer, schedule, checkpoint
 
 
@@ -849,10 +585,6 @@ def _scheduler(optimizer: Optimizer, config: TrainConfig, steps: int) -> LRSched
     if config.schedule == "one_cycle":
         return OneCycleLR(optimizer, config.lr, total_steps=steps + 1)
     return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-
-
-def _seed_of(*parts: int) -> int:
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
 def _fingerprint(config: TrainConfig, seed: int, identity: str) -> str:

@@ -26,8 +26,9 @@ from expunge.audits.check import (
 )
 from expunge.audits.core import AuditData, Subject
 from expunge.metrics.uncertainty import Interval, gap_interval, of_values
+from expunge.randomness import seeded
 from expunge.signals import REFRESH_IMAGES, refreshed, retained_sample
-from expunge.training import evaluating, has_running_statistics, logits_of, predict, seeded
+from expunge.training import evaluating, has_running_statistics, logits_of, predict
 
 PASSES = 48  # images to try evaluation mode on: whether something moves shows on few
 CONSTANT = 0.95  # share of one answer above which answers say nothing of the images

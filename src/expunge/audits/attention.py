@@ -13,11 +13,13 @@ from torch.utils.data import Subset
 
 from expunge.audits.core import Audit, AuditData, Context, Found, Subject
 from expunge.audits.membership import answers_of
+from expunge.batches import as_tensor
 from expunge.data import labels_of, normalize
 from expunge.errors import InputError
 from expunge.metrics.uncertainty import of_values
 from expunge.pictures import as_png, eight_bits, lit
-from expunge.training import as_tensor, device_of, evaluating, logits_of, seeded
+from expunge.randomness import seeded
+from expunge.training import device_of, evaluating, logits_of
 
 SAMPLES = 200  # of either side: the interval of a mean correlation is then a few hundredths each way
 SMALLEST = 4  # places a side that a map must have to say where

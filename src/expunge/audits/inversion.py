@@ -16,9 +16,10 @@ from torch import Tensor
 
 from expunge.audits.core import Audit, AuditData, Context, Found, Subject
 from expunge.metrics.uncertainty import of_values
+from expunge.randomness import seeded
 from expunge.schema import Preprocessing
 from expunge.signals import descend, retained_sample
-from expunge.training import device_of, evaluating, logits_of, seeded
+from expunge.training import device_of, evaluating, logits_of
 
 IMAGES = 32  # of all forgotten classes together, in turn; half start from noise, half from blends of retained images
 STEPS = 40  # Adam steps, as for the impressions of signals.py

@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from expunge.audits.core import Audit, AuditData, Context, Found, Subject
+from expunge.batches import as_tensor
 from expunge.data import Labels, labels_of
 from expunge.errors import InputError
 from expunge.metrics.uncertainty import Measurement, of_ranks, of_values
+from expunge.randomness import seeded
 from expunge.schema import Predictions, TrainConfig
-from expunge.training import as_tensor, device_of, seeded, train
+from expunge.training import device_of, train
 
 SAMPLES = 1000  # of either side: the interval of an accuracy is then about two points each way
 FOLDS = 5

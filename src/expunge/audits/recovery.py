@@ -20,11 +20,12 @@ from expunge.audits.core import Audit, AuditData, Context, Found, Need, Subject
 from expunge.audits.inside import HEAD_INPUT, Features, last_layer
 from expunge.audits.inside_audits import HELD_OUT, LINEAR_PROBE, NEAREST_CLASS_MEAN, drawn, training_sample
 from expunge.audits.relearn import RELEARN
+from expunge.batches import as_tensor
 from expunge.data import TensorImages, labels_of, normalize
 from expunge.errors import InputError
 from expunge.metrics.uncertainty import Measurement, of_hits, of_seeds, of_values
 from expunge.schema import Predictions, TrainConfig
-from expunge.training import as_tensor, device_of, predict, train
+from expunge.training import device_of, predict, train
 
 SHOTS = 20  # training images of each forgotten class that a prototype is the mean of
 DRAWS = 5  # of those images; hits are averaged over them

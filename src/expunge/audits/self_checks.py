@@ -25,9 +25,9 @@ from expunge.audits.answer_checks import (
 from expunge.audits.check import COMPARED, INSIDE, LAYERS, OUTPUT, RELEARN, Check, percent, sides
 from expunge.audits.core import AuditData, Subject
 from expunge.audits.weight_checks import check_retrained, check_unlearned
+from expunge.batches import as_tensor
 from expunge.data import TensorImages
 from expunge.metrics.uncertainty import wilson_interval
-from expunge.training import as_tensor
 from expunge.weights import Metadata
 
 __all__ = ["LAYERS", "Check", "check_attacks", "check_disjoint", "check_original", "run_self_checks"]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from expunge.batches import Batch
 from expunge.errors import InputError
 from expunge.journal import Journal
 from expunge.methods.checks import check_split
@@ -21,7 +22,7 @@ from expunge.methods.common import BATCH, bears, both_samples, derived_seed, div
 from expunge.methods.registry import Method
 from expunge.models import reinitialized
 from expunge.schema import Split, TrainConfig
-from expunge.training import Batch, Objective, logits_of, train
+from expunge.training import Objective, logits_of, train
 
 
 @dataclass(frozen=True, kw_only=True)

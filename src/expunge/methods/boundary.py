@@ -23,13 +23,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from expunge.audits.inside import last_layer
+from expunge.batches import Batch
 from expunge.errors import InputError
 from expunge.journal import Journal
 from expunge.methods.checks import check_split, count_classes, first_image
 from expunge.methods.common import evaluating_norms, forget_samples, gone
 from expunge.methods.registry import Method
+from expunge.randomness import seeded
 from expunge.schema import Preprocessing, Split, TrainConfig
-from expunge.training import Batch, Objective, device_of, logits_of, seeded, train
+from expunge.training import Objective, device_of, logits_of, train
 
 
 def _sgd(lr: float, steps: int = 790) -> TrainConfig:

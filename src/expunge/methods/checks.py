@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
+from expunge.batches import as_tensor
 from expunge.data import count_labels, normalize
 from expunge.errors import InputError
 from expunge.schema import Split
-from expunge.training import as_tensor, check_float32, device_of, evaluating, logits_of
+from expunge.training import check_float32, device_of, evaluating, logits_of
 
 
 def check_zero_glance(model: nn.Module, split: Split) -> dict[int, int]:

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset
 
+from expunge.batches import Batch, as_tensor
 from expunge.data import count_labels, normalize
 from expunge.errors import InputError
 from expunge.models import reinitialized
 from expunge.schema import Preprocessing, Sample, Split, TrainConfig
-from expunge.training import PREDICT_BATCH, Batch, as_tensor, has_running_statistics
+from expunge.training import PREDICT_BATCH, has_running_statistics
 
 BATCH = 64
 """Images a batch where the authors take 256 of a whole training set: of the fifth or so that a retain sample is, an

@@ -20,13 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from expunge.batches import Batch
 from expunge.journal import Journal
 from expunge.methods.checks import check_split
 from expunge.methods.common import evaluating_norms, forget_samples, gone
 from expunge.methods.registry import Method
 from expunge.schema import Split, TrainConfig
 from expunge.signals import retained_answers
-from expunge.training import Batch, Objective, logits_of, train
+from expunge.training import Objective, logits_of, train
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,9 +29,10 @@ from expunge.errors import InputError
 from expunge.journal import Journal, Meter
 from expunge.methods.checks import check_split, count_classes
 from expunge.methods.registry import Method
+from expunge.randomness import seeded
 from expunge.schema import Split
 from expunge.signals import retained_sample
-from expunge.training import device_of, logits_of, seeded
+from expunge.training import device_of, logits_of
 
 TINY = 1e-8  # added to the information before it is inverted
 

@@ -22,13 +22,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from expunge.batches import Batch
 from expunge.errors import InputError
 from expunge.journal import Journal
 from expunge.methods.checks import check_split
 from expunge.methods.common import forget_samples
 from expunge.methods.registry import Method
 from expunge.schema import Split, TrainConfig
-from expunge.training import Batch, Objective, logits_of, train
+from expunge.training import Objective, logits_of, train
 
 
 def _sgd(lr: float, batch_size: int = 128) -> TrainConfig:

@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from expunge.batches import Batch
 from expunge.errors import InputError
 from expunge.journal import Journal
 from expunge.methods.checks import check_split
 from expunge.methods.common import gone, num_steps, sgd
 from expunge.methods.registry import Method
 from expunge.schema import Split, TrainConfig
-from expunge.training import Batch, Objective, train
+from expunge.training import Objective, train
 
 
 @dataclass(frozen=True, kw_only=True)

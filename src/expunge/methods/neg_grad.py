@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from expunge.batches import Batch
 from expunge.journal import Journal
 from expunge.methods.checks import check_split
 from expunge.methods.common import forget_samples, sgd
 from expunge.methods.registry import Method
 from expunge.schema import Split, TrainConfig
-from expunge.training import Batch, train
+from expunge.training import train
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from expunge.batches import Batch
 from expunge.errors import InputError
 from expunge.journal import Journal
 from expunge.methods.checks import check_split
 from expunge.methods.common import derived_seed, divergence, forget_samples, gone, sgd
 from expunge.methods.registry import Method
 from expunge.schema import Split, TrainConfig
-from expunge.training import Batch, Objective, logits_of, train
+from expunge.training import Objective, logits_of, train
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,8 +31,9 @@ from expunge.journal import Journal, Meter
 from expunge.methods.checks import check_split
 from expunge.methods.common import batches, both_samples, derived_seed, forget_samples
 from expunge.methods.registry import Method
+from expunge.randomness import seeded
 from expunge.schema import Preprocessing, Split
-from expunge.training import device_of, logits_of, seeded
+from expunge.training import device_of, logits_of
 
 
 @dataclass(frozen=True, kw_only=True)

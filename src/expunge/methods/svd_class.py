@@ -33,9 +33,10 @@ from expunge.journal import Journal, Meter
 from expunge.methods.checks import check_split
 from expunge.methods.common import derived_seed, forget_samples
 from expunge.methods.registry import Method
+from expunge.randomness import seeded
 from expunge.schema import Split
 from expunge.signals import retained_sample
-from expunge.training import device_of, evaluating, predict, seeded
+from expunge.training import device_of, evaluating, predict
 
 RETAIN_SCALES = (10.0, 30.0, 100.0, 300.0, 1000.0)
 """Scalings of the retain space that are tried; scripts/analysis/our_hyper_parameter_tuning.sh."""

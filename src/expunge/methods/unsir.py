@@ -12,15 +12,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
 
+from expunge.batches import Batch, Piece, as_tensor, take
 from expunge.data import TensorImages, count_labels, hold_out, labels_of
 from expunge.errors import DivergedError, InputError
 from expunge.journal import Journal
 from expunge.methods.checks import check_zero_glance, first_image
+from expunge.randomness import seeded
 from expunge.schema import CalibrationReport, LearnedImages, Sample, Signals, Split, TrainConfig
 from expunge.signals import (
     Evidence,
@@ -31,16 +34,7 @@ from expunge.signals import (
     read_signals,
     retained_answers,
 )
-from expunge.training import (
-    Batch,
-    Objective,
-    as_tensor,
-    has_running_statistics,
-    logits_of,
-    predict,
-    seeded,
-    train,
-)
+from expunge.training import Objective, has_running_statistics, logits_of, predict, train
 
 NOTEBOOK_DEFECTS = {
     "three_noise_images": "of each class's noise only as many images as an image has channels are used",
@@ -403,7 +397,7 @@ def teach(
     retain = split.retain
     if not isinstance(retain, IterableDataset):
         count = len(retain)  # type: ignore[arg-type]
-        retain = ConcatDataset([retain, Mirrored(retain)]) if config.mirrored else retain
+        retain = Mirrored(retain) if config.mirrored else retain
         own = predict(
             teacher, retain, preprocessing=split.preprocessing, precision=config.repair.precision, journal=journal,
             phase="answers",
@@ -481,18 +475,26 @@ def distil_retained(
 
 
 class Mirrored(Dataset[Any]):
-    """Samples with their images, (channels, H, W) tensors or PIL, turned left to right."""
+    """Samples, (channels, H, W) tensors or PIL images, and after them the same turned left to right."""
 
     def __init__(self, samples: Dataset[Sample]) -> None:
         self.samples: Any = samples
-        self.labels = labels_of(samples)
+        self.labels = np.tile(labels_of(samples), 2)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        image, label = self.samples[index][:2]
-        return as_tensor(image).flip(-1), label
+        turned, place = divmod(index, len(self) // 2)
+        image, label = self.samples[place][:2]
+        return as_tensor(image).flip(-1) if turned else image, label
+
+    def samples_at(self, index: Tensor) -> Piece:
+        """Return the samples at `index`, (N,) int64, in one piece."""
+        turned, place = index >= len(self) // 2, index % (len(self) // 2)
+        images, labels, targets = take(self.samples, place)
+        images[turned] = images[turned].flip(-1)
+        return images, labels, targets
 
 
 class Taught(Dataset[Any]):
@@ -509,6 +511,11 @@ class Taught(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Any, Any, Tensor]:
         sample = self.samples[index]
         return sample[0], sample[1], self.targets[index]
+
+    def samples_at(self, index: Tensor) -> Piece:
+        """Return the samples at `index`, (N,) int64, in one piece."""
+        images, labels, _ = take(self.samples, index)
+        return images, labels, self.targets[index]
 
 
 class _Calibrated:

@@ -41,9 +41,10 @@ from expunge.journal import Journal, Meter
 from expunge.methods.checks import check_split, count_classes, first_image
 from expunge.methods.common import derived_seed, fresh_copy, gone
 from expunge.methods.registry import Method
+from expunge.randomness import seeded
 from expunge.schema import Split, TrainConfig
 from expunge.signals import descend
-from expunge.training import device_of, logits_of, seeded, train
+from expunge.training import device_of, logits_of, train
 
 PATIENCE = 20
 """Batches of the generator in a row without an image that passes the gate before it goes back to an earlier state; the
