@@ -54,6 +54,13 @@ def png(value: int, size: tuple[int, int] = (4, 4)) -> bytes:
     return buffer.getvalue()
 
 
+@pytest.fixture(params=["at once", "by threads"])
+def decoded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images here are small, so that no thread would decode them."""
+    if request.param == "by threads":
+        monkeypatch.setattr("expunge.data.SMALL_BYTES", -1)
+
+
 def table_of(labels: Sequence[int], *, starts: Sequence[int] | None = None) -> ImageTable:
     return ImageTable(
         labels=np.array(labels, dtype=np.int64),
@@ -328,6 +335,7 @@ def test_without_and_relabel_keep_the_images() -> None:
 # Decoding
 
 
+@pytest.mark.usefixtures("decoded")
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK", "1", "LA"])
 @pytest.mark.parametrize("preprocessing", [GREY8, RGB4])
 def test_stage_gives_uint8_of_the_right_shape(mode: str, preprocessing: Preprocessing) -> None:
@@ -355,6 +363,7 @@ def truncated(payload: bytes) -> bytes:
     return payload[: len(payload) // 2]
 
 
+@pytest.mark.usefixtures("decoded")
 @pytest.mark.parametrize("payload", [b"", b"hello", truncated(png(3)), None, "/no/such/file.png"])
 def test_undecodable_image_is_named_or_skipped_and_counted(payload: Any) -> None:
     payloads = [png(1), payload, png(3)]
@@ -434,6 +443,7 @@ def test_preprocessing_refuses(fields: dict[str, Any], message: str) -> None:
 # Streams
 
 
+@pytest.mark.usefixtures("decoded")
 @pytest.mark.parametrize("starts", [None, [0, 20, 33]])
 def test_stream_gives_each_sample_once_an_epoch(starts: list[int] | None) -> None:
     labels = [row % 3 for row in range(41)]
@@ -455,11 +465,13 @@ def test_stream_gives_each_sample_once_an_epoch(starts: list[int] | None) -> Non
     assert epoch(0) == first
 
 
+@pytest.mark.usefixtures("decoded")
 def test_stream_unshuffled_keeps_the_order() -> None:
     stream = StreamedImages(table_of([0] * 9), RGB4, shuffle=False, skip_bad=False)
     assert [int(image[0, 0, 0]) for image, _ in stream] == list(range(9))
 
 
+@pytest.mark.usefixtures("decoded")
 def test_stream_skips_or_names_a_bad_image() -> None:
     payloads = [png(1), b"hello", png(3)]
     table = ImageTable(
