@@ -43,10 +43,10 @@ from expunge.weights import Metadata
 
 
 def evaluate(
-    original: nn.Module,
-    unlearned: nn.Module,
+    original: nn.Module | Subject,
+    unlearned: nn.Module | Subject,
     split: Split,
-    retrained: nn.Module | None = None,
+    retrained: nn.Module | Subject | None = None,
     *,
     unlearned_preprocessing: Preprocessing | None = None,
     retrained_preprocessing: Preprocessing | None = None,
@@ -66,7 +66,8 @@ def evaluate(
     on the others. A figure that no sample was given for is None.
 
     Args:
-        original: the model before.
+        original: the model before. This one and the next two may be a `Subject`, which has a preprocessing of its own,
+            and whose answers are computed once for all evaluations that it is handed to.
         unlearned: the model after, made by any method.
         split: with a test set. Without audits only labels of the retain sample are read; with them it and `forget` are
             the training samples that audits may use.
@@ -89,10 +90,14 @@ def evaluate(
     journal = journal or Journal()
     started = len(journal.phases)
     references = [] if retrained is None else [(retrained, retrained_preprocessing), *more_retrained]
-    first = Subject("original", original, split.preprocessing, journal)
-    second = Subject("unlearned", unlearned, unlearned_preprocessing or split.preprocessing, journal)
+
+    def judged(role: str, model: nn.Module | Subject, own: Preprocessing | None) -> Subject:
+        return model if isinstance(model, Subject) else Subject(role, model, own or split.preprocessing, journal)
+
+    first = judged("original", original, None)
+    second = judged("unlearned", unlearned, unlearned_preprocessing)
     others = [
-        Subject(f"retrained {number}" if number > 1 else "retrained", model, own or split.preprocessing, journal)
+        judged(f"retrained {number}" if number > 1 else "retrained", model, own)
         for number, (model, own) in enumerate(references, 1)
     ]
     subjects = {"before": first, "after": second} | ({"retrained": others[0]} if others else {})
@@ -124,7 +129,7 @@ def evaluate(
             "all": list(names),
         },
         seed=seed,
-        model={"parameters": sum(parameter.numel() for parameter in unlearned.parameters())},
+        model={"parameters": sum(parameter.numel() for parameter in second.model.parameters())},
         data={
             "preprocessing": asdict(split.preprocessing) if split.preprocessing is not None else None,
             "test_samples": len(answers["before"].labels),
@@ -137,7 +142,7 @@ def evaluate(
             "method": _by_name(phases, names),
             "evaluation": _by_name([phase for phase in evaluation_phases if phase.name == "evaluate after"], names),
         },
-        environment=environment(unlearned),
+        environment=environment(second.model),
         checks=check_outcome(metrics)
         | {"signals": journal.calibration.reached if journal.calibration is not None else None},
         calibration=asdict(journal.calibration) if journal.calibration is not None else None,

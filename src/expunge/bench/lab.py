@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from expunge import __version__
-from expunge.audits import AUDITS, features_of, linear_probe, nearest_class_mean
+from expunge.audits import AUDITS, linear_probe, nearest_class_mean
+from expunge.audits.core import Subject
 from expunge.bench.cells import Cell, Original, Reference, Tuning, folder_of
 from expunge.bench.cost import measured
 from expunge.bench.records import read
@@ -106,10 +107,26 @@ class Lab:
         weights = own or folder_of(item, self.out) / WEIGHTS
         return open_workspace(original.options, original.model, weights, leave_out=forget, seed=0, device=self.device)
 
+    def _subject(self, role: str, item: Original | Reference | Cell, forget: Sequence[str]) -> Subject:
+        """Return a model to compare with, whose answers are computed once for all cells in a row."""
+
+        def make() -> Subject:
+            workspace = self._open(item, forget)
+            return Subject(role, workspace.model, workspace.preprocessing)
+
+        subject: Subject = self._once(role, (item.id, tuple(forget)), make)
+        return subject
+
     # Data
 
     def _split(self, workspace: Workspace, cell: Cell | Tuning) -> tuple[Split, dict[str, int]]:
         """Return what an erasure is given: retain and forget samples out of those the original was trained on."""
+        item = cell.after or cell.original if isinstance(cell, Cell) else cell.original
+        key = (item.id, cell.original.id, cell.forget, cell.retain_per_class, cell.seed)
+        found: tuple[Split, dict[str, int]] = self._once("split", key, lambda: self._drawn(workspace, cell))
+        return found
+
+    def _drawn(self, workspace: Workspace, cell: Cell | Tuning) -> tuple[Split, dict[str, int]]:
         forget = workspace.left_out
         before = tuple(label for label in workspace.gone_before if label not in forget)
         known = _known(workspace, cell.original)
@@ -155,28 +172,24 @@ class Lab:
         split, sizes = self._split(workspace, cell)
         made = self._unlearn(cell, workspace, split) if cell.judged is None else self._judged(cell, cell.judged)
         phases = list(made.journal.phases)
-        reference = (
-            self._once(
-                "reference",
-                (cell.original.id, cell.gone),
-                lambda: self._open(Reference(original=cell.original, forget=cell.gone), cell.gone),
-            )
-            if cell.reference
-            else None
-        )
         held_out = self._once(
             "test",
             (cell.original.data, cell.original.options, cell.test_per_class, workspace.preprocessing),
             lambda: _staged(draw(workspace.test, per_class=cell.test_per_class, seed=0), workspace, cell.original),
         )
         judged = time.perf_counter()
+        # opened a second time: a method might have changed what it was handed
+        subjects = {"before": self._subject("original", cell.after or cell.original, cell.forget)}
+        if cell.reference:
+            subjects["retrained"] = self._subject(
+                "retrained", Reference(original=cell.original, forget=cell.gone), cell.gone
+            )
+        subjects["after"] = Subject("unlearned", made.model, made.preprocessing, made.journal)
         record = evaluate(
-            workspace.model,
-            made.model,
+            subjects["before"],
+            subjects["after"],
             replace(split, test=held_out),
-            reference.model if reference else None,
-            unlearned_preprocessing=made.preprocessing,
-            retrained_preprocessing=reference.preprocessing if reference else None,
+            subjects.get("retrained"),
             audits=[AUDITS[name] for name in cell.audits],
             method=cell.method,
             config=made.config,
@@ -184,13 +197,10 @@ class Lab:
             phases=phases,
             journal=made.journal,
         )
-        models = {"before": (workspace.model, workspace.preprocessing), "after": (made.model, made.preprocessing)}
-        if reference is not None:
-            models["retrained"] = (reference.model, reference.preprocessing)
         bench = {
             "cost": made.cost,
             "sizes": sizes | {"test": len(held_out), "classes": len(workspace.class_names)},
-            "probes": self._probes(cell, workspace, models, held_out),
+            "probes": self._probes(cell, workspace, subjects, held_out),
             "tuning": made.tuned,
             "zero_glance": "forget" not in made.reads,
             "reads": list(made.reads),
@@ -255,11 +265,7 @@ class Lab:
         return {name: record[name] for name in told} | {"id": cell.tuning.id}
 
     def _probes(
-        self,
-        cell: Cell,
-        workspace: Workspace,
-        models: Mapping[str, tuple[nn.Module, Preprocessing]],
-        held_out: Dataset[Any],
+        self, cell: Cell, workspace: Workspace, subjects: Mapping[str, Subject], held_out: Dataset[Any]
     ) -> dict[str, dict[str, float]]:
         """Return what a linear probe and the nearest class mean find of the classes to forget in the last features."""
         known = self._once(
@@ -270,9 +276,8 @@ class Lab:
             ),
         )
 
-        def probe(role: str) -> dict[str, float]:
-            model, preprocessing = models[role]
-            train, test = (features_of(model, images, preprocessing=preprocessing) for images in (known, held_out))
+        def probe(subject: Subject) -> dict[str, float]:
+            train, test = subject.features(known), subject.features(held_out)
             return {
                 "linear_probe": linear_probe(train, test, workspace.left_out),
                 "nearest_class_mean": nearest_class_mean(train, test, workspace.left_out),
@@ -280,8 +285,8 @@ class Lab:
 
         key = (cell.original.id, cell.after and cell.after.id, cell.forget, cell.test_per_class)
         return {
-            role: probe(role) if role == "after" else self._once(f"probe {role}", key, partial(probe, role))
-            for role in models
+            role: probe(subject) if role == "after" else self._once(f"probe {role}", key, partial(probe, subject))
+            for role, subject in subjects.items()
         }
 
 
