@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conftest import Tiny
-from expunge.data import TensorImages, draw, open_source, stage, with_test_split, without
+from expunge.batches import take
+from expunge.data import TensorImages, draw, labels_of, normalize, open_source, stage, with_test_split, without
 from expunge.errors import DivergedError, InputError
 from expunge.journal import Journal
 from expunge.methods.unsir import Calibration, UnsirConfig, _goal, unsir
 from expunge.schema import Signals, TrainConfig
-from expunge.signals import IMPRESSION_STEPS, KINDS
+from expunge.signals import IMPRESSION_STEPS, KINDS, refreshed
 from expunge.training import train
 
 UNREACHABLE = UnsirConfig(
@@ -335,35 +336,39 @@ def test_accuracy_is_back_within_what_held_out_images_can_show(accuracy: float, 
     assert _goal(accuracy, held_out, 0.08) == pytest.approx(least, abs=1e-6)
 
 
-BY_BATCH = replace(
+LARGE_BATCHES = replace(
     UNREACHABLE,
-    impair=replace(UNREACHABLE.impair, mode="batch"),
-    repair=replace(UNREACHABLE.repair, mode="batch"),
+    impair=replace(UNREACHABLE.impair, mode="batch", batch_size=128),
+    repair=replace(UNREACHABLE.repair, mode="batch", batch_size=128),
+    calibration=replace(UNREACHABLE.calibration or Calibration(), rounds=1),
 )
 
 
-def with_batches_under(size: int) -> UnsirConfig:
-    return replace(BY_BATCH, calibration=replace(BY_BATCH.calibration or Calibration(), by_batch=size, rounds=1))
-
-
-@pytest.mark.parametrize(("by_batch", "moves"), [(64, True), (65, False)])
-def test_batchnorm_goes_by_its_running_statistics_where_batches_are_small(
-    nets: Nets, by_batch: int, moves: bool
+@pytest.mark.parametrize(("name", "batch", "rate"), [("tied", 128, 0.5e-7), ("norm-free", 64, 1e-7)])
+def test_few_images_give_smaller_batches_or_where_batchnorm_needs_them_a_slower_repair(
+    nets: Nets, name: str, batch: int, rate: float
 ) -> None:
-    case, journal, config = nets.get("tied"), Journal(), with_batches_under(by_batch)
-    unlearned = unsir(case.model, case.split.zero_glance(), config, seed=0, journal=journal)
-    for name in ("norm.running_mean", "norm.running_var"):
-        assert torch.equal(unlearned.state_dict()[name], case.model.state_dict()[name]) is not moves
+    case, journal = nets.get(name), Journal()
+    unlearned = unsir(case.model, case.split.zero_glance(), LARGE_BATCHES, seed=0, journal=journal)
     assert journal.calibration is not None
-    assert journal.calibration.batch_size == 64
-    assert journal.calibration.repair_rate == pytest.approx(1e-7 if moves else 2e-7 / 3)
+    assert journal.calibration.batch_size == batch
+    assert journal.calibration.repair_rate == pytest.approx(rate)
+    for name in {"norm.running_mean", "norm.running_var"} & unlearned.state_dict().keys():
+        assert not torch.equal(unlearned.state_dict()[name], case.model.state_dict()[name])
 
 
-def test_small_batches_slow_no_model_without_batchnorm(nets: Nets) -> None:
-    case, journal = nets.get("norm-free"), Journal()
-    unsir(case.model, case.split.zero_glance(), with_batches_under(65), seed=0, journal=journal)
-    assert journal.calibration is not None
-    assert journal.calibration.repair_rate == pytest.approx(1e-7)
+@pytest.mark.parametrize("per_class", [15, 60])
+def test_the_class_does_not_come_back_with_statistics_measured_anew(nets: Nets, per_class: int) -> None:
+    case = nets.get("tied")
+    labels = torch.as_tensor(labels_of(case.split.retain))
+    rows = torch.cat([(labels == label).nonzero().flatten()[:per_class] for label in labels.unique()])
+    images, _, _ = take(case.split.retain, rows)
+    split = replace(case.split, retain=TensorImages(images, labels[rows]))
+    unlearned = unsir(case.model, split.zero_glance(), seed=0)
+    anew = refreshed(unlearned, normalize(images, split.preprocessing))
+    assert case.accuracy(case.model, forget=True) > 0.8
+    assert case.accuracy(unlearned, forget=True) < 0.05
+    assert case.accuracy(anew, forget=True) < 0.05
 
 
 @pytest.mark.parametrize("lr", [1e3, 1e6])

@@ -58,8 +58,7 @@ class Calibration:
     floor: float = 0.2  # agreement with the original, beyond chance, below which impair did too much
     depth: float = 0.6  # and to which it must bring the model: a class is gone at the output before it is gone inside
     plenty: int = 8192  # retained images from which on impair is at its full rate; fewer repair less: their root counts
-    by_batch: int = 128  # images a batch must have for BatchNorm to go by it; with smaller ones models are in eval mode
-    eval_rate: float = 2 / 3  # of repair's rate, in eval mode
+    few_rate: float = 0.5  # of repair's rate, where BatchNorm needs larger batches than suit so few retained images
     trials: int = 4  # rates that impair may try in a round, each half the one before and from the same weights
     rounds: int = 2  # times that impair and repair may be done; the second at twice the rate where the class is left
     cycles: int = 2  # of repair in a round; those after the first are a quarter as long, at half the rate
@@ -68,10 +67,10 @@ class Calibration:
     lost: float = 0.15  # loss at which a round did too much and is done again from the original, at half the rate
 
     def __post_init__(self) -> None:
-        for name in ("held_out_most", "evidence", "check_every", "plenty", "by_batch", "trials", "rounds", "cycles"):
+        for name in ("held_out_most", "evidence", "check_every", "plenty", "trials", "rounds", "cycles"):
             if getattr(self, name) < 1:
                 raise InputError(f"expected {name} of at least 1, got {getattr(self, name)}")
-        for name in ("held_out", "called", "probability", "floor", "eval_rate", "back", "lost"):
+        for name in ("held_out", "called", "probability", "floor", "few_rate", "back", "lost"):
             if not 0 < getattr(self, name) < 1:
                 raise InputError(f"expected {name} between 0 and 1, got {getattr(self, name)}")
         if not self.floor < self.depth <= 1:
@@ -529,20 +528,18 @@ class _Calibrated:
         self.split = replace(split, retain=training)
         samples = sum(count_labels(training).values())
         mildness = min(1.0, math.sqrt(samples / plan.plenty))
-        by_batch = any(map(has_running_statistics, model.modules()))
+        normalized = any(map(has_running_statistics, model.modules()))
+        fitting = _fitting_batch(samples)
 
-        def fitted(own: TrainConfig) -> TrainConfig:
-            size = min(_fitting_batch(samples), own.batch_size)
-            small = by_batch and own.mode == "batch" and size < plan.by_batch
-            return replace(own, batch_size=size, mode="eval" if small else own.mode)
+        def fitted(own: TrainConfig, few_rate: float) -> TrainConfig:
+            if fitting >= own.batch_size:
+                return own
+            if normalized and own.mode != "eval":  # a small batch's statistics, half of them noise's, fit no model
+                return replace(own, lr=own.lr * few_rate)
+            return replace(own, batch_size=fitting)
 
-        impair, repair = fitted(config.impair), fitted(config.repair)
-        slowed = plan.eval_rate if repair.mode == "eval" else 1.0
-        self.config = replace(
-            config,
-            impair=replace(impair, lr=impair.lr * mildness),
-            repair=replace(repair, lr=repair.lr * slowed),
-        )
+        impair, repair = fitted(config.impair, 1.0), fitted(config.repair, plan.few_rate)
+        self.config = replace(config, impair=replace(impair, lr=impair.lr * mildness), repair=repair)
         self.evidence = gather_evidence(
             model,
             self.split,
@@ -763,7 +760,7 @@ def _goal(accuracy: float, held_out: int, back: float) -> float:
 
 
 def _fitting_batch(samples: int) -> int:
-    """Return the batch for a retain sample: a power of two near a sixteenth of it, at least 32."""
+    """Return the batch that suits a retain sample: a power of two near a sixteenth of it, at least 32."""
     return int(2 ** max(5, round(math.log2(max(1, samples) / 16))))
 
 
