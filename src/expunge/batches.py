@@ -59,10 +59,13 @@ class Share:
         return loss if self.place.size == 1 else loss * (self.count * self.place.size / self.size)
 
     def summed(self, loss: float, correct: int) -> tuple[float, int]:
-        """Return the loss and the number of right answers of the whole batch, the same in every process."""
+        """Return the loss and the number of right answers of the whole batch, the same in every process.
+
+        The loss is NaN or infinite where that of any process is, also of one without a sample of its own.
+        """
         if self.place.size == 1:
             return loss, correct
-        loss, right = summed(loss * self.count / self.size if self.count else 0.0, correct if self.count else 0)
+        loss, right = summed(loss * self.count / self.size, correct if self.count else 0)
         return loss, int(right)
 
     def statistics(self) -> AbstractContextManager[None]:
