@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from expunge.data import count_labels, normalize, to_8_bits
+from expunge.data import normalize, size_of, to_8_bits
 from expunge.errors import InputError
 from expunge.processes import Ranks, gathered, ranks, shared_statistics, summed
 from expunge.randomness import seed_of, seeded
@@ -148,7 +148,7 @@ class _TaggedStream(IterableDataset[Tagged]):
 
     def __init__(self, real: Any, synthetic: Any | None, seed: int) -> None:
         self.real = real
-        self.size = len(real) if hasattr(real, "__len__") else sum(count_labels(real).values())
+        self.size = size_of(real)
         self.synthetic = synthetic
         self.seed = seed
         self.epoch = 0

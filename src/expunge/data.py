@@ -1052,6 +1052,11 @@ def count_labels(dataset: Dataset[Any]) -> dict[int, int]:
     return {int(value): int(count) for value, count in zip(values, counts, strict=True)}
 
 
+def size_of(dataset: Any) -> int:
+    """Return how many samples there are; images are decoded only where a data set gives no length and no labels."""
+    return len(dataset) if hasattr(dataset, "__len__") else len(labels_of(dataset))
+
+
 def labels_of(dataset: Any) -> Labels:
     """Return the label of each sample; images are decoded only where a data set does not list its labels."""
     listed = getattr(dataset, "labels", None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset
 
 from expunge.batches import Batch, as_tensor
-from expunge.data import count_labels, normalize
+from expunge.data import normalize, size_of
 from expunge.errors import InputError
 from expunge.models import reinitialized
 from expunge.schema import Preprocessing, Sample, Split, TrainConfig
@@ -94,7 +94,7 @@ def num_steps(dataset: Dataset[Any], config: TrainConfig) -> int:
     """Return how many optimizer steps `train` takes with `config` on `dataset`."""
     if config.steps is not None:
         return config.steps
-    size = len(cast(Any, dataset)) if hasattr(dataset, "__len__") else sum(count_labels(dataset).values())
+    size = size_of(dataset)
     whole, rest = divmod(size, config.batch_size)
     keeps_rest = rest > 1 or (rest == 1 and whole == 0)  # BatchNorm cannot train on one sample alone
     return max(1, whole + keeps_rest) * config.epochs
@@ -105,9 +105,7 @@ class _Interleaved(IterableDataset[Sample]):
 
     def __init__(self, parts: Sequence[Dataset[Sample]], seed: int) -> None:
         self.parts = parts
-        self.sizes = [
-            len(cast(Any, part)) if hasattr(part, "__len__") else sum(count_labels(part).values()) for part in parts
-        ]
+        self.sizes = [size_of(part) for part in parts]
         self.seed = seed
         self.epoch = 0
 
