@@ -200,9 +200,13 @@ def loader_of(dataset: Any, batch_size: int, place: Ranks, *, shuffle: bool) -> 
         batch_size=batch_size,
         shuffle=shuffle and not streaming,
         collate_fn=partial(_collate, dataset, place),
-        # BatchNorm cannot train on one sample alone
-        drop_last=shuffle and size > batch_size and size % batch_size == 1,
+        drop_last=shuffle and drops_last(size, batch_size),
     )
+
+
+def drops_last(size: int, batch_size: int) -> bool:
+    """Return whether training leaves out the last batch of an epoch: BatchNorm cannot train on one sample alone."""
+    return size > batch_size and size % batch_size == 1
 
 
 def _collate(dataset: Any, place: Ranks, items: list[Any]) -> tuple[Pieces, Share]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset
 
-from expunge.batches import Batch, as_tensor
+from expunge.batches import Batch, as_tensor, drops_last
 from expunge.data import normalize, size_of
 from expunge.errors import InputError
 from expunge.models import reinitialized
+from expunge.randomness import seed_of
 from expunge.schema import Preprocessing, Sample, Split, TrainConfig
 from expunge.training import PREDICT_BATCH, has_running_statistics
 
@@ -95,9 +97,8 @@ def num_steps(dataset: Dataset[Any], config: TrainConfig) -> int:
     if config.steps is not None:
         return config.steps
     size = size_of(dataset)
-    whole, rest = divmod(size, config.batch_size)
-    keeps_rest = rest > 1 or (rest == 1 and whole == 0)  # BatchNorm cannot train on one sample alone
-    return max(1, whole + keeps_rest) * config.epochs
+    batches = math.ceil(size / config.batch_size) - drops_last(size, config.batch_size)
+    return max(1, batches) * config.epochs
 
 
 class _Interleaved(IterableDataset[Sample]):
@@ -193,5 +194,4 @@ def fresh_copy(model: nn.Module, *, seed: int) -> nn.Module:
 
 def derived_seed(seed: int, *parts: int) -> int:
     """Return a seed for one part of a run, unlike those of its other parts."""
-    shifted = (part + 1 for part in parts)  # to a seed sequence, zeros at the end are nothing
-    return int(np.random.SeedSequence((seed, *shifted)).generate_state(1)[0])
+    return seed_of(seed, *(part + 1 for part in parts))  # to a seed sequence, zeros at the end are nothing
