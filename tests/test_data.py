@@ -586,6 +586,20 @@ def test_hold_out_takes_no_more_than_asked_for_of_many_classes() -> None:
     assert len(pixels_of(held)) <= 4
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_hold_out_of_more_classes_than_images_asked_for(streamed: bool) -> None:
+    labels = [*list(range(20)) * 10, *range(20, 30)]  # those of one image each are too small for the share
+    whole = StreamedImages(table_of(labels), RGB4, skip_bad=False) if streamed else flat(labels)
+    kept, held = hold_out(whole, share=0.1, most=8, seed=0)
+    counts = count_labels(held)
+    assert list(counts.values()) == [1] * 8
+    assert max(counts) < 20
+    assert not {int(image[0, 0, 0]) for image, _ in kept} & {int(pixel) for pixel in pixels_of(held)}  # type: ignore[attr-defined]
+    assert len(kept) == len(labels) - 8  # type: ignore[arg-type]
+    assert count_labels(hold_out(whole, share=0.1, most=8, seed=1)[1]) != counts
+    assert len(hold_out(whole, share=0.04, most=8, seed=0)[0]) == len(labels)  # type: ignore[arg-type]  # too small all
+
+
 def test_a_class_too_small_to_share_loses_none() -> None:
     kept, held = hold_out(flat([0] * 50 + [1] * 4 + [2]), share=0.1, most=100, seed=0)
     assert count_labels(held) == {0: 5}

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -235,9 +236,8 @@ def test_steps_are_as_many_as_training_takes(size: int, config: TrainConfig) -> 
     train(model, images, config, seed=0, journal=journal)
     assert num_steps(images, config) == journal.phases[0].steps
     stream: Dataset[Any] = Stream(images)
-    if size % 4 != 1 or size < 4:  # a stream keeps a last batch of one
-        train(model, stream, config, seed=0, journal=journal)
-        assert num_steps(stream, config) == journal.phases[1].steps
+    train(model, stream, config, seed=0, journal=journal)
+    assert num_steps(stream, config) == journal.phases[1].steps
 
 
 def test_batches_are_all_samples_in_order() -> None:
@@ -298,7 +298,7 @@ def test_a_fresh_copy_keeps_what_is_frozen() -> None:
 def test_parts_of_a_run_have_seeds_of_their_own() -> None:
     seeds = {derived_seed(seed, *parts) for seed in (0, 1) for parts in ((), (0,), (1,), (0, 0), (0, 1), (1, 0))}
     assert len(seeds) == 12
-    assert derived_seed(3, 1, 2) == derived_seed(3, 1, 2)
+    assert derived_seed(3, 1, 2) == int(np.random.SeedSequence((3, 2, 3)).generate_state(1)[0])  # as it ever was
 
 
 # Methods

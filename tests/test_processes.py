@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -157,20 +158,38 @@ def test_what_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
         ranks()
 
 
+def together(names: str, size: int, file: Path, **more: str) -> dict[str, Any]:
+    """Return what cases of together.py give, done by so many processes."""
+    paths = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    ended = finish(start([str(HERE / "together.py"), names, str(file)], size, PYTHONPATH=paths, **more))
+    assert [code for code, _, _ in ended] == [0] * size, ended
+    found: dict[str, Any] = torch.load(file, weights_only=False)
+    return found
+
+
+@pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_loss_of_nan_in_one_process_stops_all_alike(sharded: bool, tmp_path: Path) -> None:
+    asked = {"ACCELERATE_USE_FSDP": "true"} if sharded else {}
+    one, two = (together("diverged", size, tmp_path / f"{size}.pt", **asked)["diverged"] for size in (1, 2))
+    assert one["said"][0].startswith("the loss became nan at step 3 of train; nothing was kept")
+    assert two["said"] == one["said"] * 2
+    for key, value in one["model"].items():
+        torch.testing.assert_close(two["model"][key], value, atol=1e-5, rtol=1e-5)
+
+
+def test_a_loss_of_nan_counts_from_a_process_without_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("expunge.batches.summed", lambda *mine: list(mine))
+    assert math.isnan(Share(1, Ranks(1, 2)).summed(math.nan, 1)[0])
+    assert Share(1, Ranks(1, 2)).summed(0.5, 1) == (0.0, 0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "sharded"), [(2, False), (4, False), (2, True)])
 def test_each_part_gives_what_one_process_gives(size: int, sharded: bool, tmp_path: Path) -> None:
     """Sharded, as `accelerate launch --use_fsdp` asks for it."""
     names = "in_memory,streamed,stopped,answered,learned,resumed"
     asked = {"ACCELERATE_USE_FSDP": "true"} if sharded else {}
-    found = {}
-    for count in (1, size):
-        words = [str(HERE / "together.py"), names, str(tmp_path / f"{count}.pt")]
-        paths = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
-        ended = finish(start(words, count, PYTHONPATH=paths, **asked))
-        assert [code for code, _, _ in ended] == [0] * count, ended
-        found[count] = torch.load(tmp_path / f"{count}.pt", weights_only=False)
-    one, many = found[1], found[size]
+    one, many = (together(names, count, tmp_path / f"{count}.pt", **asked) for count in (1, size))
     for name in ("in_memory", "streamed", "stopped"):
         alone: dict[str, Any] = one[name]
         shared: dict[str, Any] = many[name]

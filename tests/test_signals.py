@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from conftest import Tiny, random_images
-from expunge.data import TensorImages, hold_out, normalize
+from expunge.data import StreamedImages, TensorImages, hold_out, normalize, open_source, with_test_split, without
 from expunge.errors import DivergedError, InputError
 from expunge.journal import Journal
 from expunge.schema import Split
@@ -157,6 +157,9 @@ def test_retained_sample() -> None:
     assert len(retained_sample(data, 14, None, generator, repeat=False)) == 6
     first = retained_sample(Stream(), 3, None, generator)
     assert torch.equal(first.images, random_images(7).images[:3])
+    other = retained_sample(Stream(), 7, None, generator, elsewhere=True)
+    assert sorted(other.images[:, 0, 0, 0].tolist()) == sorted(random_images(7).images[:, 0, 0, 0].tolist())
+    assert not torch.equal(other.images[:3], first.images)
     with pytest.raises(InputError, match="expected a retain sample, got an empty one"):
         retained_sample(TensorImages(data.images[:0], data.labels[:0]), 3, None, generator)
 
@@ -216,6 +219,37 @@ def test_evidence_of_the_original(tiny: Tiny) -> None:
     assert [phase.name for phase in journal.phases] == ["impressions"]  # all kinds in one batch
     with pytest.raises(InputError, match="expected held-out retained images"):
         gather_evidence(tiny.model, split, TensorImages(evidence.retained[:0], evidence.labels[:0]), seed=0)
+
+
+class Digits(IterableDataset[Any]):
+    """Somebody else's stream of retained digits, always in one order."""
+
+    def __init__(self, retain: Any) -> None:
+        self.retain = retain
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self.retain[index] for index in range(len(self.retain)))
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_evidence_of_a_stream_is_not_what_is_trained_on(tiny: Tiny, ours: bool) -> None:
+    assert tiny.split.preprocessing is not None
+    table, _ = with_test_split(open_source("digits"))
+    streamed = StreamedImages(without(table.train, (3,)), tiny.split.preprocessing, seed=5, skip_bad=False)
+    split = replace(tiny.split, retain=streamed if ours else Digits(tiny.split.retain))
+    _, held_out = hold_out(tiny.split.retain, share=0.1, most=16, seed=0)
+
+    def starts(impressions: Impressions) -> set[tuple[float, ...]]:
+        return {tuple(image) for image in impressions.starts.flatten(1).tolist()}
+
+    trained = learn_impressions(tiny.model, split, 16, seed=0)
+    read, again, other = (gather_evidence(tiny.model, split, held_out, per_class=8, seed=s) for s in (1, 1, 2))
+    for kind in ("retained", "blend"):
+        assert len(starts(read.impressions[kind])) == 8
+        assert not starts(read.impressions[kind]) & starts(trained)
+        assert starts(again.impressions[kind]) == starts(read.impressions[kind])
+        assert starts(other.impressions[kind]) != starts(read.impressions[kind])
+    assert streamed.seed == 5
 
 
 def test_signals_of_the_original_and_of_an_unlearned_model(tiny: Tiny, forgotten: tuple[nn.Module, Journal]) -> None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from expunge.data import StreamedImages, TensorImages
+from expunge.errors import DivergedError
 from expunge.journal import Journal
 from expunge.processes import agreed, gathered, leave, ranks, wait
 from expunge.schema import TrainConfig
@@ -118,9 +119,27 @@ def learned() -> State:
     return {"images": found, "loss": meter.loss, "samples": meter.samples}
 
 
+def diverged() -> State:
+    """The loss becomes NaN in the last process alone; then all train again at half the rate, as a calibration does."""
+    place, steps = ranks(), itertools.count()
+
+    def objective(logits: torch.Tensor, batch: Any) -> torch.Tensor:
+        loss = F.cross_entropy(logits, batch.labels)
+        return loss * torch.nan if next(steps) == 2 and place.rank == place.size - 1 else loss
+
+    said = ""
+    try:
+        train(network(), images(42), CONFIG, seed=7, preprocessing=GREY, objective=objective)
+    except DivergedError as error:
+        said = str(error)
+    halved = network()
+    train(halved, images(42), replace(CONFIG, lr=CONFIG.lr / 2), seed=7, preprocessing=GREY)
+    return {"said": gathered(said), "model": halved.state_dict()}
+
+
 CASES: dict[str, Callable[[], State]] = {
     "in_memory": in_memory, "streamed": streamed, "stopped": stopped, "answered": answered, "learned": learned,
-    "resumed": resumed,
+    "resumed": resumed, "diverged": diverged,
 }  # fmt: skip
 
 if __name__ == "__main__":

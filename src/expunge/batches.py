@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from expunge.data import count_labels, normalize, to_8_bits
+from expunge.data import normalize, size_of, to_8_bits
 from expunge.errors import InputError
 from expunge.processes import Ranks, gathered, ranks, shared_statistics, summed
 from expunge.randomness import seed_of, seeded
@@ -59,10 +59,13 @@ class Share:
         return loss if self.place.size == 1 else loss * (self.count * self.place.size / self.size)
 
     def summed(self, loss: float, correct: int) -> tuple[float, int]:
-        """Return the loss and the number of right answers of the whole batch, the same in every process."""
+        """Return the loss and the number of right answers of the whole batch, the same in every process.
+
+        The loss is NaN or infinite where that of any process is, also of one without a sample of its own.
+        """
         if self.place.size == 1:
             return loss, correct
-        loss, right = summed(loss * self.count / self.size if self.count else 0.0, correct if self.count else 0)
+        loss, right = summed(loss * self.count / self.size, correct if self.count else 0)
         return loss, int(right)
 
     def statistics(self) -> AbstractContextManager[None]:
@@ -145,7 +148,7 @@ class _TaggedStream(IterableDataset[Tagged]):
 
     def __init__(self, real: Any, synthetic: Any | None, seed: int) -> None:
         self.real = real
-        self.size = len(real) if hasattr(real, "__len__") else sum(count_labels(real).values())
+        self.size = size_of(real)
         self.synthetic = synthetic
         self.seed = seed
         self.epoch = 0
@@ -197,9 +200,13 @@ def loader_of(dataset: Any, batch_size: int, place: Ranks, *, shuffle: bool) -> 
         batch_size=batch_size,
         shuffle=shuffle and not streaming,
         collate_fn=partial(_collate, dataset, place),
-        # BatchNorm cannot train on one sample alone
-        drop_last=shuffle and size > batch_size and size % batch_size == 1,
+        drop_last=shuffle and drops_last(size, batch_size),
     )
+
+
+def drops_last(size: int, batch_size: int) -> bool:
+    """Return whether training leaves out the last batch of an epoch: BatchNorm cannot train on one sample alone."""
+    return size > batch_size and size % batch_size == 1
 
 
 def _collate(dataset: Any, place: Ranks, items: list[Any]) -> tuple[Pieces, Share]:

@@ -805,13 +805,16 @@ def hold_out(dataset: Dataset[Any], *, share: float, most: int, seed: int) -> tu
     """Return a data set without a random share of each class, and that share: at most `most` images together.
 
     A class with too few images for the share loses none. Where that holds of all, or the data set is a stream of
-    somebody else's, nothing is cut off and the held-out part is a sample of the first.
+    somebody else's, nothing is cut off and the held-out part is a sample of the first. Where it is `most` that leaves
+    less than an image a class, `most` classes at random lose one each.
     """
     labels = labels_of(dataset)
-    share = min(share, most / max(1, len(labels)))
+    asked, share = share, min(share, most / max(1, len(labels)))
     rng = np.random.default_rng(seed)
     parts = [rng.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
     held = np.sort(np.concatenate([part[: int(share * len(part) + 0.5)] for part in parts] or [labels[:0]]))
+    if len(held) == 0:
+        held = np.array([part[0] for part in parts if int(asked * len(part) + 0.5)], dtype=np.int64)
     held = np.sort(rng.permutation(held)[:most])
     kept = np.setdiff1d(np.arange(len(labels)), held)
     foreign = isinstance(dataset, IterableDataset) and not isinstance(dataset, StreamedImages)
@@ -1047,6 +1050,11 @@ def count_labels(dataset: Dataset[Any]) -> dict[int, int]:
     """Return how many samples bear each label; images are decoded only where a data set does not list its labels."""
     values, counts = np.unique(labels_of(dataset), return_counts=True)
     return {int(value): int(count) for value, count in zip(values, counts, strict=True)}
+
+
+def size_of(dataset: Any) -> int:
+    """Return how many samples there are; images are decoded only where a data set gives no length and no labels."""
+    return len(dataset) if hasattr(dataset, "__len__") else len(labels_of(dataset))
 
 
 def labels_of(dataset: Any) -> Labels:

@@ -83,14 +83,17 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Hyper-parameters of one run of ordinary mini-batch training."""
+    """Hyper-parameters of one run of ordinary mini-batch training.
+
+    The schedule one_cycle cycles momentum (SGD's, and Adam's beta1) between 0.95 and 0.85, whatever `momentum` says.
+    """
 
     epochs: int = 1  # passes over the data
     steps: int | None = None  # optimizer steps, over as many passes as they take; overrides epochs
     lr: float = 0.001  # learning rate; the peak where the schedule is one_cycle
     batch_size: int = 256
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-    momentum: float = 0.9  # SGD alone (Nesterov)
+    momentum: float = 0.9  # SGD alone (Nesterov); not with one_cycle
     weight_decay: float = 0.0
     schedule: Literal["constant", "one_cycle"] = "constant"  # one_cycle: Smith and Topin, arXiv:1708.07120
     flip: bool = False  # mirror each image left-right with probability one half

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset, IterableDataset
 
 from expunge.batches import Share, as_tensor, together
-from expunge.data import TensorImages, normalize
+from expunge.data import StreamedImages, TensorImages, normalize, size_of
 from expunge.errors import DivergedError, InputError
 from expunge.journal import Journal, Meter
 from expunge.memory import images_that_fit
@@ -106,12 +106,20 @@ def _learn_kinds(
     seed: int,
     precision: Precision,
     journal: Journal | None,
+    elsewhere: bool = False,
 ) -> dict[str, Impressions]:
-    """Learn impressions of several kinds, all in one batch, the first from `seed`, the next from the one after it."""
+    """Learn impressions of several kinds, all in one batch, the first from `seed`, the next from the one after it.
+
+    Args:
+        elsewhere: as of `retained_sample`.
+    """
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     labels = torch.tensor(split.forget_classes).repeat_interleave(per_class)
     with (journal or Journal()).phase("impressions", steps=IMPRESSION_STEPS) as meter, seeded(seed):
-        begun = [_begin(split, kind, len(labels), seed + number, meter) for number, kind in enumerate(kinds)]
+        begun = [
+            _begin(split, kind, len(labels), seed + number, meter, elsewhere=elsewhere)
+            for number, kind in enumerate(kinds)
+        ]
         images = descend(
             frozen,
             torch.cat([starts for starts, _ in begun]),
@@ -128,13 +136,14 @@ def _learn_kinds(
     }
 
 
-def _begin(split: Split, kind: Kind, count: int, seed: int, meter: Meter) -> tuple[Tensor, Tensor]:
+def _begin(split: Split, kind: Kind, count: int, seed: int, meter: Meter, *, elsewhere: bool) -> tuple[Tensor, Tensor]:
     """Return what so many impressions of a kind start from, and its class as `Impressions` has it."""
     generator = torch.Generator().manual_seed(seed)
     if kind == "noise":
         shape = retained_sample(split.retain, 1, split.preprocessing, generator).images.shape[1:]
         return torch.randn((count, *shape), generator=generator), torch.full((count,), -1)
-    drawn = retained_sample(split.retain, count * (2 if kind == "blend" else 1), split.preprocessing, generator)
+    size = count * (2 if kind == "blend" else 1)
+    drawn = retained_sample(split.retain, size, split.preprocessing, generator, elsewhere=elsewhere)
     meter.read({int(k): int(v) for k, v in zip(*torch.unique(drawn.labels, return_counts=True), strict=True)})
     starts = drawn.images[:count]
     return (starts + drawn.images[count:]) / 2 if kind == "blend" else starts, drawn.labels[:count]
@@ -151,6 +160,8 @@ def gather_evidence(
     journal: Journal | None = None,
 ) -> Evidence:
     """Return what to read signals on: held-out retained images and impressions of every kind, of the original `model`.
+
+    Of a stream, impressions start elsewhere than those of `learn_impressions`, which begin with its first images.
 
     Args:
         held_out: retained samples that the changed model will not be trained on; `split.retain` are those it will.
@@ -169,7 +180,9 @@ def gather_evidence(
         retained=retained,
         labels=torch.tensor([int(sample[1]) for sample in samples]),
         answers=retained_answers(_logits(model, retained), gone),
-        impressions=_learn_kinds(model, split, per_class, KINDS, seed=seed, precision=precision, journal=journal),
+        impressions=_learn_kinds(
+            model, split, per_class, KINDS, seed=seed, precision=precision, journal=journal, elsewhere=True
+        ),
         forget_classes=split.forget_classes,
         gone=gone,
         refresh=retained_sample(split.retain, REFRESH_IMAGES, split.preprocessing, generator, repeat=False).images,
@@ -298,14 +311,18 @@ def retained_sample(
     generator: torch.Generator,
     *,
     repeat: bool = True,
+    elsewhere: bool = False,
 ) -> TensorImages:
     """Return `count` samples as float model input, drawn at random (the first ones, of a stream).
 
     Where there are fewer, they are repeated, or with `repeat=False` each is returned once.
+
+    Args:
+        elsewhere: of a stream, take not the first ones but others, from a place drawn at random.
     """
     retain: Any = dataset
     if isinstance(retain, IterableDataset):
-        samples = list(itertools.islice(retain, count))
+        samples = list(itertools.islice(_elsewhere(retain, generator) if elsewhere else retain, count))
     else:
         order = torch.randperm(len(retain), generator=generator)[:count]
         samples = [retain[int(index)] for index in order]
@@ -315,6 +332,19 @@ def retained_sample(
     labels = torch.tensor([int(sample[1]) for sample in samples])
     index = torch.arange(count if repeat else len(samples)) % len(samples)
     return TensorImages(images[index], labels[index])
+
+
+def _elsewhere(stream: Any, generator: torch.Generator) -> Iterator[Any]:
+    """Yield the samples of a stream in another order: of ours shuffled anew; of others from around its middle on."""
+    if isinstance(stream, StreamedImages):
+        again = copy.copy(stream)
+        again.seed, again.shuffle = int(torch.randint(2**31, (), generator=generator)), True
+        yield from again
+        return
+    size = size_of(stream)
+    start = size // 4 + int(torch.randint(max(1, size - 2 * (size // 4)), (), generator=generator))
+    yield from itertools.islice(stream, start, None)
+    yield from itertools.islice(stream, start)
 
 
 @torch.no_grad()

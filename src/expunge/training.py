@@ -148,9 +148,7 @@ def train(
                     learn = partial(_learn, run, loss_of, share, layout, backward, batch)
                     running.keep()
                     with share.drawing(seed, epoch, meter.steps), share.statistics():
-                        value, correct = share.summed(
-                            *parts.add_up(len(batch.labels), learn, optimizer.zero_grad, running)
-                        )
+                        value, correct = parts.add_up(len(batch.labels), learn, optimizer.zero_grad, running)
                     if not math.isfinite(value):
                         raise DivergedError(
                             f"the loss became {value} at step {meter.steps + 1} of {phase}; nothing was kept: "
@@ -195,16 +193,22 @@ def _learn(
     batch: Batch,
     rows: slice,
 ) -> tuple[float, int]:
-    """Add the gradients of some rows of a batch to what is there; return their part of the loss, and right answers."""
+    """Add the gradients of some rows of a batch to what is there; return their part of the loss, and right answers.
+
+    Of several processes what is returned is of the whole batch.
+    """
     part = batch if rows == slice(0, len(batch.labels)) else batch.part(rows)
     logits = run(part.images.contiguous(memory_format=layout))
     weight = len(part.labels) / len(batch.labels)
     loss = loss_of(logits, part) if part is batch else weight * loss_of(logits, part)
-    value = loss.item()
+    correct = int((logits.detach().argmax(1) == part.labels).sum())
+    # of several processes (whose batch is one part) before the backward pass, where they wait for each other:
+    # all go into it, or none
+    value, correct = share.summed(loss.item(), correct)
     if math.isfinite(value):
         with backward():
             torch.autograd.backward(share.weighed(loss))
-    return value, int((logits.detach().argmax(1) == part.labels).sum())
+    return value, correct
 
 
 @torch.no_grad()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset
 
-from expunge.batches import Batch, as_tensor
-from expunge.data import count_labels, normalize
+from expunge.batches import Batch, as_tensor, drops_last
+from expunge.data import normalize, size_of
 from expunge.errors import InputError
 from expunge.models import reinitialized
+from expunge.randomness import seed_of
 from expunge.schema import Preprocessing, Sample, Split, TrainConfig
 from expunge.training import PREDICT_BATCH, has_running_statistics
 
@@ -94,10 +96,9 @@ def num_steps(dataset: Dataset[Any], config: TrainConfig) -> int:
     """Return how many optimizer steps `train` takes with `config` on `dataset`."""
     if config.steps is not None:
         return config.steps
-    size = len(cast(Any, dataset)) if hasattr(dataset, "__len__") else sum(count_labels(dataset).values())
-    whole, rest = divmod(size, config.batch_size)
-    keeps_rest = rest > 1 or (rest == 1 and whole == 0)  # BatchNorm cannot train on one sample alone
-    return max(1, whole + keeps_rest) * config.epochs
+    size = size_of(dataset)
+    batches = math.ceil(size / config.batch_size) - drops_last(size, config.batch_size)
+    return max(1, batches) * config.epochs
 
 
 class _Interleaved(IterableDataset[Sample]):
@@ -105,9 +106,7 @@ class _Interleaved(IterableDataset[Sample]):
 
     def __init__(self, parts: Sequence[Dataset[Sample]], seed: int) -> None:
         self.parts = parts
-        self.sizes = [
-            len(cast(Any, part)) if hasattr(part, "__len__") else sum(count_labels(part).values()) for part in parts
-        ]
+        self.sizes = [size_of(part) for part in parts]
         self.seed = seed
         self.epoch = 0
 
@@ -195,5 +194,4 @@ def fresh_copy(model: nn.Module, *, seed: int) -> nn.Module:
 
 def derived_seed(seed: int, *parts: int) -> int:
     """Return a seed for one part of a run, unlike those of its other parts."""
-    shifted = (part + 1 for part in parts)  # to a seed sequence, zeros at the end are nothing
-    return int(np.random.SeedSequence((seed, *shifted)).generate_state(1)[0])
+    return seed_of(seed, *(part + 1 for part in parts))  # to a seed sequence, zeros at the end are nothing
