@@ -90,6 +90,49 @@ def test_the_classes_are_those_the_weights_say(judged: tuple[Trained, Path], tmp
         audit_command(options, trained.model, trained.weights, hidden, tmp_path / "no", audits=["nearest_class_mean"])
 
 
+def test_what_else_the_unlearned_weights_forgot_is_not_counted_as_retained(
+    judged: tuple[Trained, Path], tmp_path: Path
+) -> None:
+    """Three and five are gone from the model, and it is asked of the five: the three is no collapse of the rest."""
+    trained, _ = judged
+    options = DataOptions(spec="digits")
+    network = open_workspace(options, trained.model, trained.weights, seed=0).model
+    state = load_file(trained.weights)
+    state["5.bias"][[3, 5]] -= 50
+    network.load_state_dict(state)
+    both, reference, other = (tmp_path / f"{name}.safetensors" for name in ("both", "reference", "other"))
+    said = load_weights(trained.weights)[1]
+    save_weights(network, both, replace(said, forgotten=("3", "5")))
+    save_weights(network, reference, replace(said, never_seen=("3", "5")))  # as from expunge train --without 3,5
+    save_weights(network, other, replace(said, never_seen=("5",)))
+
+    def audit(*retrained: Path, unlearned: Path = both) -> Any:
+        return audit_command(
+            options, trained.model, trained.weights, unlearned, tmp_path / "out", classes=["5"], retrained=retrained,
+            audits=["nearest_class_mean"],
+        ).record  # fmt: skip
+
+    record = audit(reference)
+    assert (record.classes["forget"], record.classes["forgotten_before"]) == (["5"], ["3"])
+    assert record.verdict["rest_intact"]["answer"] == "yes"
+    assert not any("collapse" in text for text in record.verdict["diagnosis"])
+    assert not any(check["finding"] == "poorly trained" for check in record.self_checks)
+    assert "for the unlearned weights say they were forgotten or never seen: 3" in " ".join(record.notes)
+    assert "disagree" not in " ".join(record.notes)
+    record = audit(other, other)
+    assert record.classes["forgotten_before"] == ["3"]
+    told = [note for note in record.notes if "disagree" in note]
+    assert len(told) == 1
+    assert "the first say 3, the second nothing; what the first say is not counted as retained" in told[0]
+    record = audit(reference, unlearned=other)  # whose file says that it never saw the five, and no more
+    assert record.classes["forgotten_before"] == []
+    assert "the first say nothing, the second 3" in " ".join(record.notes)
+    strange = tmp_path / "strange.safetensors"
+    save_weights(network, strange, Metadata(forgotten=("eleven",)))
+    with pytest.raises(InputError, match="say they forgot eleven, which is no class of the model"):
+        audit(unlearned=strange)
+
+
 def test_two_retrained_models_give_a_noise_floor(judged: tuple[Trained, Path], tmp_path: Path) -> None:
     trained, hidden = judged
     record = audit_command(

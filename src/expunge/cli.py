@@ -284,7 +284,11 @@ def audit(
     ] = None,
     classes: Annotated[
         list[str] | None,
-        typer.Option(metavar="A,B", help="Classes that were to be forgotten; else those that U says it forgot."),
+        typer.Option(
+            metavar="A,B",
+            help="Classes that were to be forgotten; else those that U says it forgot. Others that it says it forgot "
+            "are not counted as retained.",
+        ),
     ] = None,
     audits: Annotated[
         str | None, typer.Option(metavar="A,B", help="Attacks to run, by name; by default all of the default budget.")
