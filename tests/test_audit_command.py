@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from expunge.audits import AUDITS
+from expunge.audits.check import LAYERS
 from expunge.commands import EnsembleOptions, audit_command
 from expunge.errors import InputError
 from expunge.schema import TrainConfig
@@ -52,6 +53,23 @@ def test_a_hidden_class_is_found_out_and_written_down(judged: tuple[Trained, Pat
     assert record["model"]["unlearned"] == str(hidden)
     for shown in ("Gone at the output: yes", "Gone inside: no", "weights untouched", "linear probe", "Not tested"):
         assert shown in result.stdout
+
+
+def test_a_failed_self_check_of_the_unlearned_model_leaves_with_1(judged: tuple[Trained, Path], tmp_path: Path) -> None:
+    """A model that never saw the threes passes; the same with logits a thousand times as far apart does not."""
+    trained, _ = judged
+    state = load_file(trained.retrained)
+    sharpened = tmp_path / "sharpened.safetensors"
+    save_file(state | {name: 1000 * state[name] for name in ("5.weight", "5.bias")}, sharpened)
+    codes = {}
+    for unlearned in (trained.retrained, sharpened):
+        given = words(trained, unlearned, tmp_path / unlearned.stem, "--classes", "3", "--audits", "nearest_class_mean")
+        codes[unlearned.stem] = invoke(*given).exit_code
+        record = record_of(tmp_path / unlearned.stem)
+        assert "no" not in {record["verdict"][layer]["answer"] for layer in LAYERS}
+        failed = [(check["finding"], check["roles"]) for check in record["self_checks"] if check["ok"] is False]
+        assert failed == ([("sharpened answers", ["unlearned"])] if unlearned == sharpened else [])
+    assert codes == {trained.retrained.stem: 0, "sharpened": 1}
 
 
 def test_without_a_retrained_model_it_says_so_first(judged: tuple[Trained, Path], tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from expunge.audits.check import COMPARED, INSIDE, LAYERS, MEMBERS, OUTPUT, RELEARN, REST, Check
 from expunge.metrics.uncertainty import wilson_interval
-from expunge.verdict import ALWAYS_OPEN, Tolerance, _excludes_zero, _judged, verdict
+from expunge.verdict import ALWAYS_OPEN, Tolerance, _excludes_zero, _judged, failed, verdict
 
 NAMES = ("cat", "dog", "owl", "fox", "elk")  # the cat is to be forgotten
 COUNT = 400  # held-out images of each
@@ -183,6 +183,24 @@ def test_unbounded_intervals_find_and_exclude_nothing() -> None:
     for value, answer in ((0.0, "unknown"), (0.5, "unknown")):
         unbounded = {"value": value, "low": None, "high": None}
         assert _judged("", unbounded, Tolerance(gap=0.05, reach=0.15)).answer == answer
+
+
+@pytest.mark.parametrize(
+    ("roles", "ok", "answer", "expected"),
+    [
+        (("unlearned",), False, "unknown", True),
+        (("original", "unlearned"), False, "yes", True),
+        (("unlearned",), None, "unknown", False),
+        (("retrained",), False, "unknown", False),
+        ((), False, "unknown", False),
+        ((), True, "no", True),
+    ],
+)
+def test_what_speaks_against_the_unlearned_model(
+    roles: tuple[str, ...], ok: bool | None, answer: str, expected: bool
+) -> None:
+    told = {layer: {"answer": "yes"} for layer in LAYERS} | {INSIDE: {"answer": answer}}
+    assert failed(told, [{"ok": ok, "roles": roles}]) is expected
 
 
 def test_intervals_widen_with_the_number_of_comparisons() -> None:

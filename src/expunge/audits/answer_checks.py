@@ -17,6 +17,7 @@ from expunge.audits.check import (
     MEMBERS,
     OUTPUT,
     RELEARN,
+    UNLEARNED,
     Check,
     gone,
     inputs,
@@ -42,7 +43,8 @@ STALE = 0.05  # accuracy that new running statistics must win to be spoken of
 def check_evaluation_mode(subjects: Sequence[Subject], data: AuditData, *, seed: int = 0) -> Check:
     """Return whether every model is in eval mode as it answers, repeats itself, and judges each image alone."""
     faults = [(subject.role, _not_evaluating(subject, data, seed)) for subject in subjects]
-    seen = [f"the {role} model {fault}" for role, fault in faults if fault is not None]
+    wrong = {role: fault for role, fault in faults if fault is not None}
+    seen = [f"the {role} model {fault}" for role, fault in wrong.items()]
     if seen:
         return Check(
             name="evaluation mode",
@@ -50,6 +52,7 @@ def check_evaluation_mode(subjects: Sequence[Subject], data: AuditData, *, seed:
             finding="not in evaluation mode",
             sentence=f"{listed(seen)}: figures depend on chance or on company, none of the verdict can be relied on",
             blocks=LAYERS,
+            roles=tuple(wrong),
         )
     sentence = "every model answers in evaluation mode, the same twice, and each image whatever others are beside it"
     return Check(name="evaluation mode", ok=True, sentence=sentence)
@@ -67,6 +70,7 @@ def check_logits(subjects: Sequence[Subject], data: AuditData) -> Check:
             "answered and what is inside can be judged, but losses are wrong, and with them relearning and membership: "
             "hand it in without its last softmax",
             blocks=(RELEARN, MEMBERS),
+            roles=tuple(wrong),
         )
     return Check(name="logits", ok=True, sentence="no model gives probabilities in place of logits")
 
@@ -81,6 +85,7 @@ def check_finite(subjects: Sequence[Subject], data: AuditData) -> Check:
             finding="broken answers",
             sentence=f"the {listed(wrong)} model gives NaN or infinite logits: it is broken, nothing can be said of it",
             blocks=LAYERS,
+            roles=tuple(wrong),
         )
     return Check(name="finite answers", ok=True, sentence="all logits are finite")
 
@@ -98,6 +103,7 @@ def check_constant(original: Subject, unlearned: Subject, data: AuditData) -> Ch
             sentence=f"{percent(share)} of all images are answered with {data.class_names[label]}: that the forgotten "
             "classes are not answered says nothing, for no image is recognised",
             doubts=(OUTPUT, MEMBERS),
+            roles=UNLEARNED,
         )
     sentence = f"answers vary: the most frequent, {data.class_names[label]}, is given to {percent(share)} of images"
     return Check(name="constant answers", ok=True, sentence=sentence)
@@ -128,6 +134,7 @@ def check_scale(original: Subject, unlearned: Subject, data: AuditData) -> Check
         sentence=f"{seen}; losses and confidences are out of scale, so that slow relearning and a failed attack on "
         "them show nothing",
         doubts=(RELEARN, MEMBERS),
+        roles=UNLEARNED,
     )
 
 
@@ -198,6 +205,7 @@ def _of_new_statistics(told: str, kept: Interval, back: _Comeback | None) -> Che
             sentence=f"{told} {points(kept)} more retained images are answered rightly{also}: the verdict is on the "
             "model as handed in, part of whose damage is in its statistics",
             doubts=doubts,
+            roles=UNLEARNED,
         )
     if hidden:
         return Check(
@@ -206,6 +214,7 @@ def _of_new_statistics(told: str, kept: Interval, back: _Comeback | None) -> Che
             finding="hidden by statistics",
             sentence=f"{told} {returns}: the classes are hidden by statistics, not gone from the weights",
             doubts=doubts,
+            roles=UNLEARNED,
         )
     if back is None:
         sentence = f"{told} {points(kept)} more retained images are answered rightly; whether they hide classes is open"
