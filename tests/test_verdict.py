@@ -213,6 +213,21 @@ def test_intervals_widen_with_the_number_of_comparisons() -> None:
     assert (_excludes_zero(mirrored, 4), _excludes_zero(mirrored, 5)) == (True, False)
 
 
+def test_the_words_tell_the_correction_where_it_alone_decides() -> None:
+    """Beside a star, which takes each figure alone, "may be chance" would contradict it."""
+    barely = {"value": 0.15, "low": 0.003, "high": 0.297}
+    tolerance = Tolerance(gap=0.05, reach=0.15)
+    corrected = _judged("probe", barely, tolerance, comparisons=8)
+    assert corrected.answer == "unknown"
+    assert corrected.sentence == (
+        "probe: a gap of +15.0 points [+0.3, +29.7], which is not found after correcting for the 8 figures of this "
+        "layer, and may be chance"
+    )
+    assert _judged("probe", barely, tolerance).answer == "no"
+    wide = _judged("probe", barely | {"low": -0.003}, tolerance, comparisons=8)
+    assert (wide.answer, wide.sentence[-22:]) == ("unknown", "], which may be chance")
+
+
 # Gone at the output
 
 

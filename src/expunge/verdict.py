@@ -456,6 +456,9 @@ def _judged(told: str, gap: Mapping[str, Any], tolerance: Tolerance, *, comparis
     if excess > tolerance.gap:
         if _excludes_zero(gap, comparisons):
             return Finding("no", f"{told}, more than the {_points(tolerance.gap)} that do not matter")
+        if comparisons > 1 and _excludes_zero(gap, 1):
+            corrected = f"which is not found after correcting for the {comparisons} figures of this layer"
+            return Finding("unknown", f"{told}, {corrected}, and may be chance")
         return Finding("unknown", f"{told}, which may be chance")
     harmless = f"not {tolerance.wrong} by more than" if abs(value) > tolerance.gap else "within"
     told = f"{told}, {harmless} {_points(tolerance.gap)}"
