@@ -51,6 +51,10 @@ def test_a_hidden_class_is_found_out_and_written_down(judged: tuple[Trained, Pat
     assert record["metrics"]["after"]["zero_retrain_forgetting"]["count"] == 37
     assert 0 < record["metrics"]["after"]["tug_of_war"] <= 1
     assert record["model"]["unlearned"] == str(hidden)
+    read = record["samples_read"]
+    assert set(read) == {"evaluation", "evaluation_training"}  # no method ran, none was handed a sample
+    assert (read["evaluation"]["3"], sum(read["evaluation"].values())) == (37, record["data"]["test_samples"])
+    assert sum(read["evaluation_training"].values()) == record["data"]["train_samples"]
     for shown in ("Gone at the output: yes", "Gone inside: no", "weights untouched", "linear probe", "Not tested"):
         assert shown in result.stdout
 
@@ -87,6 +91,7 @@ def test_without_training_data_its_attacks_are_skipped_with_the_reason(
     result = invoke(*words(trained, hidden, out, "--classes", "3", "--audits", SHORT, "--no-training-data"))
     record = record_of(out)
     assert record["data"]["train_samples"] == 0
+    assert not any(record["samples_read"]["evaluation_training"].values())
     assert record["data"]["test_samples"] == 1797  # none of them was trained on, says who asks
     for name in SHORT.split(","):
         assert "training images of the forgotten classes" in record["audits"][name]["skipped"]

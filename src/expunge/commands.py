@@ -628,6 +628,9 @@ def audit_command(
             "skipped_bad": skipped,
             "options": _as_given(data),
         },
+        samples_read={
+            name: record.samples_read[name] for name in ("evaluation", "evaluation_training")
+        },  # no method ran
         notes=tuple(notes),
         provenance={
             "kind": "audit",
