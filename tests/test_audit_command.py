@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from expunge.audits import AUDITS
+from expunge.audits.check import LAYERS
 from expunge.commands import EnsembleOptions, audit_command
 from expunge.errors import InputError
 from expunge.schema import TrainConfig
@@ -50,8 +51,29 @@ def test_a_hidden_class_is_found_out_and_written_down(judged: tuple[Trained, Pat
     assert record["metrics"]["after"]["zero_retrain_forgetting"]["count"] == 37
     assert 0 < record["metrics"]["after"]["tug_of_war"] <= 1
     assert record["model"]["unlearned"] == str(hidden)
+    read = record["samples_read"]
+    assert set(read) == {"evaluation", "evaluation_training"}  # no method ran, none was handed a sample
+    assert (read["evaluation"]["3"], sum(read["evaluation"].values())) == (37, record["data"]["test_samples"])
+    assert sum(read["evaluation_training"].values()) == record["data"]["train_samples"]
     for shown in ("Gone at the output: yes", "Gone inside: no", "weights untouched", "linear probe", "Not tested"):
         assert shown in result.stdout
+
+
+def test_a_failed_self_check_of_the_unlearned_model_leaves_with_1(judged: tuple[Trained, Path], tmp_path: Path) -> None:
+    """A model that never saw the threes passes; the same with logits a thousand times as far apart does not."""
+    trained, _ = judged
+    state = load_file(trained.retrained)
+    sharpened = tmp_path / "sharpened.safetensors"
+    save_file(state | {name: 1000 * state[name] for name in ("5.weight", "5.bias")}, sharpened)
+    codes = {}
+    for unlearned in (trained.retrained, sharpened):
+        given = words(trained, unlearned, tmp_path / unlearned.stem, "--classes", "3", "--audits", "nearest_class_mean")
+        codes[unlearned.stem] = invoke(*given).exit_code
+        record = record_of(tmp_path / unlearned.stem)
+        assert "no" not in {record["verdict"][layer]["answer"] for layer in LAYERS}
+        failed = [(check["finding"], check["roles"]) for check in record["self_checks"] if check["ok"] is False]
+        assert failed == ([("sharpened answers", ["unlearned"])] if unlearned == sharpened else [])
+    assert codes == {trained.retrained.stem: 0, "sharpened": 1}
 
 
 def test_without_a_retrained_model_it_says_so_first(judged: tuple[Trained, Path], tmp_path: Path) -> None:
@@ -69,6 +91,7 @@ def test_without_training_data_its_attacks_are_skipped_with_the_reason(
     result = invoke(*words(trained, hidden, out, "--classes", "3", "--audits", SHORT, "--no-training-data"))
     record = record_of(out)
     assert record["data"]["train_samples"] == 0
+    assert not any(record["samples_read"]["evaluation_training"].values())
     assert record["data"]["test_samples"] == 1797  # none of them was trained on, says who asks
     for name in SHORT.split(","):
         assert "training images of the forgotten classes" in record["audits"][name]["skipped"]
@@ -88,6 +111,49 @@ def test_the_classes_are_those_the_weights_say(judged: tuple[Trained, Path], tmp
     assert record.classes["forget"] == ["3"]
     with pytest.raises(InputError, match="does not say which classes were to be forgotten: name them with --classes"):
         audit_command(options, trained.model, trained.weights, hidden, tmp_path / "no", audits=["nearest_class_mean"])
+
+
+def test_what_else_the_unlearned_weights_forgot_is_not_counted_as_retained(
+    judged: tuple[Trained, Path], tmp_path: Path
+) -> None:
+    """Three and five are gone from the model, and it is asked of the five: the three is no collapse of the rest."""
+    trained, _ = judged
+    options = DataOptions(spec="digits")
+    network = open_workspace(options, trained.model, trained.weights, seed=0).model
+    state = load_file(trained.weights)
+    state["5.bias"][[3, 5]] -= 50
+    network.load_state_dict(state)
+    both, reference, other = (tmp_path / f"{name}.safetensors" for name in ("both", "reference", "other"))
+    said = load_weights(trained.weights)[1]
+    save_weights(network, both, replace(said, forgotten=("3", "5")))
+    save_weights(network, reference, replace(said, never_seen=("3", "5")))  # as from expunge train --without 3,5
+    save_weights(network, other, replace(said, never_seen=("5",)))
+
+    def audit(*retrained: Path, unlearned: Path = both) -> Any:
+        return audit_command(
+            options, trained.model, trained.weights, unlearned, tmp_path / "out", classes=["5"], retrained=retrained,
+            audits=["nearest_class_mean"],
+        ).record  # fmt: skip
+
+    record = audit(reference)
+    assert (record.classes["forget"], record.classes["forgotten_before"]) == (["5"], ["3"])
+    assert record.verdict["rest_intact"]["answer"] == "yes"
+    assert not any("collapse" in text for text in record.verdict["diagnosis"])
+    assert not any(check["finding"] == "poorly trained" for check in record.self_checks)
+    assert "for the unlearned weights say they were forgotten or never seen: 3" in " ".join(record.notes)
+    assert "disagree" not in " ".join(record.notes)
+    record = audit(other, other)
+    assert record.classes["forgotten_before"] == ["3"]
+    told = [note for note in record.notes if "disagree" in note]
+    assert len(told) == 1
+    assert "the first say 3, the second nothing; what the first say is not counted as retained" in told[0]
+    record = audit(reference, unlearned=other)  # whose file says that it never saw the five, and no more
+    assert record.classes["forgotten_before"] == []
+    assert "the first say nothing, the second 3" in " ".join(record.notes)
+    strange = tmp_path / "strange.safetensors"
+    save_weights(network, strange, Metadata(forgotten=("eleven",)))
+    with pytest.raises(InputError, match="say they forgot eleven, which is no class of the model"):
+        audit(unlearned=strange)
 
 
 def test_two_retrained_models_give_a_noise_floor(judged: tuple[Trained, Path], tmp_path: Path) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from conftest import Tiny
+from expunge.audits import AUDITS
 from expunge.config import as_json
-from expunge.data import TensorImages
+from expunge.data import TensorImages, count_labels
 from expunge.errors import InputError
 from expunge.evaluation import cost_of, evaluate, measures
 from expunge.journal import Journal
@@ -56,7 +58,22 @@ def test_record_of_known_answers(tiny: Tiny) -> None:
     assert record.classes["forget"] == ["3"]
     assert record.samples_read["retain_sample"] == {str(c): 0 if c == 3 else 100 for c in range(10)}
     assert sum(record.samples_read["evaluation"].values()) == record.data["test_samples"]
+    assert not any(record.samples_read["evaluation_training"].values())
     assert json.loads(json.dumps(as_json(record), allow_nan=False))["seed"] == 5
+
+
+def test_training_images_are_counted_apart_from_held_out_ones(tiny: Tiny) -> None:
+    test: Any = tiny.split.test
+    threes = TensorImages(test.images[test.labels == 3], test.labels[test.labels == 3])
+    held_out = count_labels(test)
+    record = evaluate(tiny.model, tiny.model, replace(tiny.split, forget=threes))
+    assert record.samples_read["evaluation"] == {str(c): held_out[c] for c in range(10)}
+    assert record.samples_read["evaluation_training"] == {str(c): len(threes) if c == 3 else 0 for c in range(10)}
+    audited = evaluate(
+        tiny.model, tiny.model, replace(tiny.split, forget=threes), audits=[AUDITS["nearest_class_mean"]]
+    )
+    assert audited.samples_read["evaluation"] == record.samples_read["evaluation"]
+    assert audited.samples_read["evaluation_training"] == {str(c): len(threes) if c == 3 else 100 for c in range(10)}
 
 
 def test_without_forget_samples_the_answer_is_unknown(tiny: Tiny) -> None:

@@ -234,6 +234,17 @@ def test_of_many_classes_those_that_matter_are_drawn() -> None:
     assert "Forgetting class class 40" in html_report(record)
 
 
+def test_an_audit_tells_which_classes_are_gone_besides_and_which_training_images_it_read() -> None:
+    record = copy.deepcopy(STORED["audit"])
+    names = record["classes"]["all"]
+    record["classes"]["forgotten_before"] = names[-1:]
+    record["samples_read"] = {key: dict.fromkeys(names, 41) for key in ("evaluation", "evaluation_training")}
+    check_record(record)
+    assert f"Gone besides: {names[-1]}." in page_of(record)["asked"]
+    settings = page_of(record)["sections"]["settings"]
+    assert (settings["read_head"], settings["read"][0][1:]) == (["evaluation", "evaluation training"], ["41", "41"])
+
+
 def test_the_page_is_the_same_each_time() -> None:
     for record in STORED.values():
         assert html_report(record) == html_report(json.loads(json.dumps(record)))

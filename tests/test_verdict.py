@@ -10,7 +10,7 @@ import pytest
 
 from expunge.audits.check import COMPARED, INSIDE, LAYERS, MEMBERS, OUTPUT, RELEARN, REST, Check
 from expunge.metrics.uncertainty import wilson_interval
-from expunge.verdict import ALWAYS_OPEN, Tolerance, _excludes_zero, _judged, verdict
+from expunge.verdict import ALWAYS_OPEN, Tolerance, _excludes_zero, _judged, failed, verdict
 
 NAMES = ("cat", "dog", "owl", "fox", "elk")  # the cat is to be forgotten
 COUNT = 400  # held-out images of each
@@ -185,6 +185,24 @@ def test_unbounded_intervals_find_and_exclude_nothing() -> None:
         assert _judged("", unbounded, Tolerance(gap=0.05, reach=0.15)).answer == answer
 
 
+@pytest.mark.parametrize(
+    ("roles", "ok", "answer", "expected"),
+    [
+        (("unlearned",), False, "unknown", True),
+        (("original", "unlearned"), False, "yes", True),
+        (("unlearned",), None, "unknown", False),
+        (("retrained",), False, "unknown", False),
+        ((), False, "unknown", False),
+        ((), True, "no", True),
+    ],
+)
+def test_what_speaks_against_the_unlearned_model(
+    roles: tuple[str, ...], ok: bool | None, answer: str, expected: bool
+) -> None:
+    told = {layer: {"answer": "yes"} for layer in LAYERS} | {INSIDE: {"answer": answer}}
+    assert failed(told, [{"ok": ok, "roles": roles}]) is expected
+
+
 def test_intervals_widen_with_the_number_of_comparisons() -> None:
     """Bonferroni's: of a normal figure 2.5 standard errors from 0, one in one is found and one in ten is not."""
     one = {"value": 2.5, "low": 2.5 - 1.96, "high": 2.5 + 1.96}
@@ -193,6 +211,21 @@ def test_intervals_widen_with_the_number_of_comparisons() -> None:
     assert not _excludes_zero(one, 5)
     mirrored = {"value": -2.5, "low": -2.5 - 1.96, "high": -2.5 + 1.96}
     assert (_excludes_zero(mirrored, 4), _excludes_zero(mirrored, 5)) == (True, False)
+
+
+def test_the_words_tell_the_correction_where_it_alone_decides() -> None:
+    """Beside a star, which takes each figure alone, "may be chance" would contradict it."""
+    barely = {"value": 0.15, "low": 0.003, "high": 0.297}
+    tolerance = Tolerance(gap=0.05, reach=0.15)
+    corrected = _judged("probe", barely, tolerance, comparisons=8)
+    assert corrected.answer == "unknown"
+    assert corrected.sentence == (
+        "probe: a gap of +15.0 points [+0.3, +29.7], which is not found after correcting for the 8 figures of this "
+        "layer, and may be chance"
+    )
+    assert _judged("probe", barely, tolerance).answer == "no"
+    wide = _judged("probe", barely | {"low": -0.003}, tolerance, comparisons=8)
+    assert (wide.answer, wide.sentence[-22:]) == ("unknown", "], which may be chance")
 
 
 # Gone at the output

@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Make a trained classifier forget whole classes, without reading them, and say honestly how well it went.",
-    epilog="Exit codes: 0 done · 1 done, but a stated check failed · 2 a mistake in what was given (nothing written).",
+    epilog="Exit codes: 0 done · 1 done, but a stated check failed (of an audit: a layer is answered no, or a "
+    "self-check of the unlearned model failed) · 2 a mistake in what was given (nothing written).",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -284,7 +285,11 @@ def audit(
     ] = None,
     classes: Annotated[
         list[str] | None,
-        typer.Option(metavar="A,B", help="Classes that were to be forgotten; else those that U says it forgot."),
+        typer.Option(
+            metavar="A,B",
+            help="Classes that were to be forgotten; else those that U says it forgot. Others that it says it forgot "
+            "are not counted as retained.",
+        ),
     ] = None,
     audits: Annotated[
         str | None, typer.Option(metavar="A,B", help="Attacks to run, by name; by default all of the default budget.")
@@ -331,13 +336,15 @@ def audit(
 
     Every figure stands beside the original's and the retrained model's, with its 95 % interval. Without a retrained
     model much stays unknown, and the answer says so.
+
+    Leaves with 1 where a layer is answered no, or a self-check of the unlearned model failed; unknown is no reason to.
     """
     with _user_errors("nothing was written"):
         from dataclasses import replace
 
         from expunge.commands import TRAIN_DEFAULT, EnsembleOptions, audit_command
         from expunge.errors import InputError
-        from expunge.report.reading import LAYERS
+        from expunge.verdict import failed
 
         if budget not in ("default", "large"):
             raise InputError(f"expected --budget default or large, got {budget!r}")
@@ -365,8 +372,8 @@ def audit(
             _print_file(outcome.files)
         elif not quiet:
             answers.show_audit(outcome, out)
-        verdict = outcome.record.verdict
-        if verdict is not None and any(verdict[name]["answer"] == "no" for name in LAYERS):
+        record = outcome.record
+        if record.verdict is not None and failed(record.verdict, record.self_checks):
             raise typer.Exit(1)
 
 

@@ -558,7 +558,8 @@ def audit_command(
 
     Args:
         model: the model string; None: as the weights say.
-        classes: names or indices that were to be forgotten; empty: those that `unlearned` says it forgot.
+        classes: names or indices that were to be forgotten; empty: those that `unlearned` says it forgot and `original`
+            does not. Others that either says were forgotten count for neither side.
         retrained: weights of the same model trained without the classes; of several, the first is what is compared
             with, and how far the second is from it is the noise floor.
         audits: names of the attacks to run; empty: all of the default budget.
@@ -581,7 +582,9 @@ def audit_command(
     workspace = open_workspace(data, model, original, leave_out=classes, seed=seed, device=device)
     subject = _sibling(workspace, unlearned)
     references = [_retrained(workspace, path) for path in retrained]
-    notes = list(workspace.notes)
+    gone, said = _gone_besides(workspace, subject.metadata, [one.metadata for one in references])
+    workspace = replace(workspace, gone_before=gone)
+    notes = [*workspace.notes, *said]
     split, skipped = _audit_split(workspace, data, training_data, journal)
     pictures: dict[str, Any] | None = {} if keep.include_images else None
     if training_data:
@@ -625,6 +628,9 @@ def audit_command(
             "skipped_bad": skipped,
             "options": _as_given(data),
         },
+        samples_read={
+            name: record.samples_read[name] for name in ("evaluation", "evaluation_training")
+        },  # no method ran
         notes=tuple(notes),
         provenance={
             "kind": "audit",
@@ -782,6 +788,44 @@ def _newly_forgotten(original: Path, unlearned: Path) -> tuple[str, ...]:
     if not names:
         raise InputError(f"{unlearned} does not say which classes were to be forgotten: name them with --classes")
     return names
+
+
+def _gone_besides(
+    workspace: Workspace, unlearned: Metadata, retrained: Sequence[Metadata]
+) -> tuple[tuple[int, ...], list[str]]:
+    """Return the labels that are gone besides those to judge, and what to say of them.
+
+    These are what the original's weights say was forgotten or never seen, and what the unlearned ones say. The
+    retrained model's file only agrees or disagrees: a class that it alone never saw the unlearned model still has to
+    know.
+
+    Raises:
+        InputError: the unlearned weights name a class that is none.
+    """
+    names, forget = workspace.class_names, {workspace.class_names[label] for label in workspace.left_out}
+    unknown = [name for name in (*unlearned.forgotten, *unlearned.never_seen) if name not in names]
+    if unknown:
+        raise InputError(f"the unlearned weights say they forgot {', '.join(unknown)}, which is no class of the model")
+    own = {*unlearned.forgotten, *unlearned.never_seen}
+    before = {names[label] for label in workspace.gone_before}
+    gone = [name for name in names if name in own | before and name not in forget]
+    notes = []
+    if new := [name for name in gone if name not in before]:
+        listed = ", ".join(new)
+        notes.append(
+            f"not counted as retained, for the unlearned weights say they were forgotten or never seen: {listed}"
+        )
+    for metadata in retrained:
+        says = metadata.training is not None or metadata.never_seen
+        theirs = [name for name in names if name in metadata.never_seen and name not in forget]
+        if says and theirs != gone:
+            notes.append(
+                "the unlearned and the retrained weights disagree on what else was left out: the first say "
+                f"{', '.join(gone) or 'nothing'}, the second {', '.join(theirs) or 'nothing'}; what the first say is "
+                "not counted as retained"
+            )
+            break
+    return tuple(names.index(name) for name in gone), notes
 
 
 def _audits(names: Sequence[str]) -> list[Audit]:

@@ -41,6 +41,9 @@ from expunge.training import device_of, predict
 from expunge.verdict import verdict
 from expunge.weights import Metadata
 
+ON_TRAINING = ", training images"
+"""Of the name of a phase that measures on images that were trained on."""
+
 
 def evaluate(
     original: nn.Module | Subject,
@@ -105,7 +108,7 @@ def evaluate(
     for role, subject in subjects.items():
         metrics[role] = measures(subject.answers(split.test, phase=f"evaluate {role}"), split)
         if split.forget is not None:
-            seen = subject.answers(split.forget, phase=f"evaluate {role}")
+            seen = subject.answers(split.forget, phase=f"evaluate {role}{ON_TRAINING}")
             metrics[role]["forget_train_accuracy"] = accuracy(seen.logits, seen.labels)
     answers = {role: subject.answers(split.test) for role, subject in subjects.items()}
     _compare(metrics, answers, subjects, split)
@@ -119,6 +122,12 @@ def evaluate(
         checked = run_self_checks(first, second, others, data, metadata=retrained_metadata, audits=found)
     handed = count_labels(split.retain)
     evaluation_phases = journal.phases[started:]
+    held_out, trained_on = (
+        _by_name([phase for phase in evaluation_phases if phase.name == f"evaluate after{on}"], names)
+        for on in ("", ON_TRAINING)
+    )
+    if audits and split.forget is not None:  # attacks may read all of them
+        trained_on = {name: count + handed.get(label, 0) for label, (name, count) in enumerate(trained_on.items())}
     return Record(
         method=method,
         config=dict(config or {}),
@@ -140,7 +149,8 @@ def evaluate(
         samples_read={
             "retain_sample": {name: handed.get(label, 0) for label, name in enumerate(names)},
             "method": _by_name(phases, names),
-            "evaluation": _by_name([phase for phase in evaluation_phases if phase.name == "evaluate after"], names),
+            "evaluation": held_out,
+            "evaluation_training": trained_on,
         },
         environment=environment(second.model),
         checks=check_outcome(metrics)

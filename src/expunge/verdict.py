@@ -13,7 +13,19 @@ from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any, Literal
 
-from expunge.audits.check import COMPARED, INSIDE, LAYERS, MEMBERS, OUTPUT, RELEARN, REST, Check, listed, percent
+from expunge.audits.check import (
+    COMPARED,
+    INSIDE,
+    LAYERS,
+    MEMBERS,
+    OUTPUT,
+    RELEARN,
+    REST,
+    UNLEARNED,
+    Check,
+    listed,
+    percent,
+)
 from expunge.audits.weight_checks import BODY_UNTOUCHED, FROZEN_BODY, THE_ORIGINAL, WEIGHTS_UNTOUCHED
 
 Answer = Literal["yes", "no", "unknown"]
@@ -136,6 +148,19 @@ def verdict(
         "first_line": _first_line(told, missing),
         "scope": SCOPE,
     }
+
+
+def failed(told: Mapping[str, Any], checks: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether an audit speaks against the unlearned model: a layer is answered no, or a self-check of it failed.
+
+    Failed checks of other models, of the data and of attacks make layers unknown: that is no finding against this one.
+
+    Args:
+        told: what `verdict` returned.
+        checks: as in a record.
+    """
+    refused = any(check["ok"] is False and set(UNLEARNED) & {*check["roles"]} for check in checks)
+    return refused or any(told[layer]["answer"] == "no" for layer in LAYERS)
 
 
 def _why_no_reference(metrics: Mapping[str, Any], checks: Sequence[Check]) -> str | None:
@@ -431,6 +456,9 @@ def _judged(told: str, gap: Mapping[str, Any], tolerance: Tolerance, *, comparis
     if excess > tolerance.gap:
         if _excludes_zero(gap, comparisons):
             return Finding("no", f"{told}, more than the {_points(tolerance.gap)} that do not matter")
+        if comparisons > 1 and _excludes_zero(gap, 1):
+            corrected = f"which is not found after correcting for the {comparisons} figures of this layer"
+            return Finding("unknown", f"{told}, {corrected}, and may be chance")
         return Finding("unknown", f"{told}, which may be chance")
     harmless = f"not {tolerance.wrong} by more than" if abs(value) > tolerance.gap else "within"
     told = f"{told}, {harmless} {_points(tolerance.gap)}"

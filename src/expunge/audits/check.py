@@ -19,6 +19,8 @@ LAYERS = ("gone_at_the_output", "gone_inside", "resists_relearning", "indistingu
 OUTPUT, INSIDE, RELEARN, MEMBERS, REST = LAYERS
 COMPARED = (INSIDE, RELEARN, MEMBERS)
 """Layers that cannot be judged without a retrained model."""
+UNLEARNED = ("unlearned",)
+"""The role of the model that is judged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,7 @@ class Check:
     finding: str = ""  # what it is, in a few words, where it is wrong or unusual
     blocks: tuple[str, ...] = ()  # layers of the verdict to which there is no answer
     doubts: tuple[str, ...] = ()  # layers where a yes is not to be trusted, while a no stands
+    roles: tuple[str, ...] = ()  # models that it speaks against, where it is wrong; of data and attacks none
 
 
 def gone(data: AuditData) -> list[int]:

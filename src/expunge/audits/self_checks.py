@@ -110,6 +110,7 @@ def check_original(original: Subject, data: AuditData) -> Check:
         "seen to be gone, and what comes back says little",
         blocks=COMPARED,
         doubts=(OUTPUT,),
+        roles=(original.role,),
     )
 
 

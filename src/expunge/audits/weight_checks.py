@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from expunge.audits.check import COMPARED, Check, gone, inputs, listed, percent, sides
+from expunge.audits.check import COMPARED, UNLEARNED, Check, gone, inputs, listed, percent, sides
 from expunge.audits.core import AuditData, Subject
 from expunge.audits.kinship import PERHAPS_SAME_STOCK, SAME_STOCK, STRANGERS, Kinship, kinship
 from expunge.metrics.uncertainty import differs, gap_interval, of_values, wilson_interval
@@ -42,7 +42,7 @@ def check_unlearned(original: Subject, unlearned: Subject, retrained: Sequence[S
         return Check(name=name, ok=None, sentence=sentence)
     fault = _fault_of_unlearned(kin)
     if fault is not None:
-        return Check(name=name, ok=False, finding=fault[0], sentence=fault[1])
+        return Check(name=name, ok=False, finding=fault[0], sentence=fault[1], roles=UNLEARNED)
     count = len(kin.moved) + len(kin.same)
     sentence = f"{len(kin.moved)} of {count} weight tensors moved, by {percent(kin.distance)} of their norm (median)"
     return Check(name=name, ok=True, sentence=sentence)
@@ -99,7 +99,7 @@ def check_retrained(original: Subject, retrained: Subject, data: AuditData, meta
         sentence = (
             f"the {name} was not retrained without the classes: {fault[1]}; what is compared with it says nothing"
         )
-        return Check(name=name, ok=False, finding=fault[0], sentence=sentence, blocks=COMPARED)
+        return Check(name=name, ok=False, finding=fault[0], sentence=sentence, blocks=COMPARED, roles=(retrained.role,))
     file = "its file says that it never saw the classes" if claim else "no file says how it was trained"
     if kin is None:
         sentence = (

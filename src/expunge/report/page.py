@@ -103,7 +103,8 @@ def _asked(record: Part) -> str:
         f"Data {data['source']}." if data.get("source") else "",
     ]
     if names.get("forgotten_before"):
-        lines.append(f"Forgotten by earlier requests: {listed(names['forgotten_before'], 12)}.")
+        by = "Gone besides" if record.get("verdict") else "Forgotten by earlier requests"
+        lines.append(f"{by}: {listed(names['forgotten_before'], 12)}.")
     return " ".join(filter(None, lines))
 
 

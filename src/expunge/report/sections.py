@@ -491,7 +491,8 @@ def doubts(record: Part) -> list[dict[str, str]]:
 def settings(record: Part) -> dict[str, Any]:
     """Every setting as a name and a value, and what was read of each class."""
     read, names = record.get("samples_read") or {}, record["classes"]["all"]
-    columns = [key for key in ("retain_sample", "method", "evaluation") if any((read.get(key) or {}).values())]
+    kinds = ("retain_sample", "method", "evaluation", "evaluation_training")
+    columns = [key for key in kinds if any((read.get(key) or {}).values())]
     method = {"method": record["method"], "seed": record.get("seed"), **(record.get("config") or {})}
     if method.get("audits") == []:
         method["audits"] = "all of the default budget"

@@ -109,7 +109,11 @@ def show_audit(outcome: Outcome, out: Path) -> None:
     console.print()
     console.print(_figures(record))
     if record.model["retrained"]:
-        say(console, "The gap is to the retrained model, with its 95 % interval; * where that excludes zero.")
+        say(
+            console,
+            "The gap is to the retrained model, with its 95 % interval; * where that excludes zero, each figure taken "
+            "alone. The verdict corrects for the number of figures that decide a layer.",
+        )
     say(console, "Figures of each block are on the page and in the record.\n")
     say(console, Text(verdict["scope"]))
     for note in outcome.notes:
