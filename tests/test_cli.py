@@ -124,6 +124,7 @@ def write_digits(folder: Path, labels: Sequence[int], each: int = 3) -> Path:
 def test_train(tmp_path: Path, trained: Trained) -> None:
     out = tmp_path / "w.safetensors"
     words = ["train", "--data", "digits", "--model", trained.model, "--epochs", "1", "--without", "3,zero"]
+    refuse("expected --out to end in .safetensors", tmp_path, *words[:-2], "--out", str(tmp_path / "w.pt"))
     refuse("unknown class 'zero'", tmp_path, *words, "--out", str(out))
     result = invoke(*words[:-1], "3,0", "--out", str(out))
     assert result.exit_code == 0, result.stderr
@@ -339,7 +340,9 @@ def test_classes(tmp_path: Path, trained: Trained, classes: str, message: str) -
         ("--set impair.rate=1", "no setting 'rate'"),
         ("--set impair.lr=fast", "expected a value of type float"),
         ("--set impair.lr=-1", "expected a positive learning rate"),
-        ("--set impair.optimizer=magic", "expected optimizer adam, adamw or sgd"),
+        ("--set impair.optimizer=magic", "expected one of adam, adamw, sgd in 'impair.optimizer=magic', got 'magic'"),
+        ("--set impair.mode=xx", "expected one of train, batch, eval in 'impair.mode=xx', got 'xx'"),
+        ("--set impair.clip_value=-1", "expected a clip_value above 0, got -1"),
         ("--set impair.weight_decay=-1", "weight_decay"),
         ("--set impair.crop=8 --quiet", "expected a crop below the image size"),
         ("--set noise_steps=0", "expected noise_steps of at least 1"),

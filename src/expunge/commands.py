@@ -133,15 +133,18 @@ def train_command(
     """Train a model and write its weights, with what they are, to `out`; an interrupted run goes on where it was.
 
     Args:
+        out: a name that ends in .safetensors.
         leave_out: classes (name or index) whose images are never read: this makes a retrained reference.
         per_class: so many images of each class, drawn at random with a fixed seed, so that a reference is trained on
             the same ones; None: all.
         augment: mirror and shift images; None: where the data allows it (digits do not).
 
     Raises:
-        InputError: the data, the model or the settings cannot be used.
+        InputError: the data, the model, the settings or the name `out` cannot be used.
     """
     journal = journal or Journal()
+    if out.suffix != ".safetensors":  # by which load_weights knows what it reads
+        raise InputError(f"expected --out to end in .safetensors, the format that is written, got {out}")
     if ranks().first:
         check_writable(out)
     workspace = open_workspace(data, model, None, leave_out=leave_out, seed=seed, device=device)
