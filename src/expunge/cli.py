@@ -537,11 +537,15 @@ def report(
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Make the page of a record again, a Markdown summary (fit for a model card), or its JSON in canonical form."""
+    """Make the page of a record again, a Markdown summary (fit for a model card), or its JSON in canonical form.
+
+    Leaves with 1 where the record was edited after it was written, and says so there too.
+    """
     with _user_errors():
         from expunge.errors import InputError
         from expunge.files import write_atomically
         from expunge.report import (
+            EDITED,
             bench_html,
             canonical_json,
             html_writer,
@@ -551,6 +555,7 @@ def report(
             read_pictures,
             read_record,
             text_writer,
+            was_edited,
         )
 
         if form not in ("html", "md", "json"):
@@ -565,8 +570,13 @@ def report(
                 "a benchmark has a page and JSON here; its Markdown is in tables.md, and it has no pictures"
             )
         record = read_bench(folder) if whole else read_record(folder)
+        edited = not whole and was_edited(record)
+        if edited:
+            say(Console(stderr=True, highlight=False), Text(f"{EDITED}: expunge verify {folder} says where"))
         if form != "html":
             typer.echo(markdown_summary(record) if form == "md" else canonical_json(record), nl=False)
+            if edited:
+                raise typer.Exit(1)
             return
         page = folder / "report.html"
         pictures = read_pictures(folder, record) if include_images else None
@@ -575,6 +585,8 @@ def report(
             typer.echo(f"Wrote {page}")
         if show:
             _open(page)
+        if edited:
+            raise typer.Exit(1)
 
 
 @_command

@@ -34,7 +34,7 @@ from expunge.data import (
 )
 from expunge.errors import InputError
 from expunge.evaluation import evaluate
-from expunge.files import bytes_writer, json_text, json_writer, write_atomically
+from expunge.files import bytes_writer, digest, json_text, json_writer, write_atomically
 from expunge.journal import Journal
 from expunge.ledger import NAME as LEDGER
 from expunge.ledger import Transaction, check_usable, now, writing
@@ -47,7 +47,6 @@ from expunge.provenance import (
     SAMPLE,
     SampleHashes,
     code_digests,
-    digest,
     hash_samples,
     new_salt,
     parent_of,

@@ -9,13 +9,11 @@ from typing import Any
 
 from expunge.data import decode
 from expunge.errors import InputError, first_line
-from expunge.files import json_text
+from expunge.files import content_hash, digest, json_text
 from expunge.provenance import (
     RECORD,
     SAMPLE,
     configuration_of,
-    content_hash,
-    digest,
     file_digest,
     part_digests,
     read_samples,
