@@ -25,7 +25,7 @@ from typer.testing import CliRunner, Result
 from expunge import cli, commands, data, weights
 from expunge.errors import InputError
 from expunge.methods import METHODS
-from expunge.schema import TrainConfig
+from expunge.schema import Split, TrainConfig
 from expunge.weights import Metadata, load_weights
 from expunge.workspace import DataOptions
 
@@ -283,6 +283,24 @@ def test_a_bad_image_in_a_stream_is_one_line(tmp_path: Path, trained: Trained, m
     (retain / "1" / "broken.png").write_bytes(b"hello")
     out = tmp_path / "out"
     refuse("broken.png", out, *trained.arguments(out, "--retain", str(retain), "--quiet"))
+
+
+@pytest.mark.parametrize("held", [data.HELD_BYTES, 100])  # in memory, or streamed
+def test_a_bad_held_out_image_is_told_before_the_work(
+    tmp_path: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch, held: int
+) -> None:
+    def run(_: nn.Module, split: Split, *__: Any, **___: Any) -> nn.Module:
+        raise ArithmeticError(f"the method began with {split.forget}, {split.test}")
+
+    monkeypatch.setattr(data, "HELD_BYTES", held)
+    monkeypatch.setitem(METHODS, "unsir", replace(METHODS["unsir"], run=run))
+    for part in ("train", "test"):
+        write_digits(tmp_path / "digits" / part, range(10))
+    out = tmp_path / "out"
+    words = trained.arguments(out, "--quiet", source=str(tmp_path / "digits"))
+    assert str(invoke(*words).exception) == "70"  # of the good ones, which it is not handed
+    (tmp_path / "digits" / "test" / "3" / "broken.png").write_bytes(b"hello")
+    refuse("broken.png", out, *words)
 
 
 def test_parquet_with_two_label_columns(tmp_path: Path, trained: Trained) -> None:

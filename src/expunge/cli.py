@@ -230,7 +230,7 @@ def forget(
     """Make a trained classifier forget classes: new weights, a record, and a plain answer.
 
     UNSIR, the default method, never reads an image of a class to forget: it learns noise from the model, impairs it
-    with that, and repairs it with a retained sample. Held-out images in --data are read afterwards, to measure.
+    with that, and repairs it with a retained sample. Held-out images in --data are used afterwards, to measure.
     """
     ask_for_shards(fsdp)
     with _user_errors("nothing was written", together=True):

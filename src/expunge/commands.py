@@ -23,6 +23,8 @@ from expunge.audits.runner import as_figure
 from expunge.config import as_json, override, precision_settings
 from expunge.data import (
     ImageTable,
+    Staged,
+    StreamedImages,
     TensorImages,
     count_labels,
     draw,
@@ -216,7 +218,8 @@ def forget_command(
     """Make a trained model forget classes; write the weights, the record, its page and the retain hashes to `out`.
 
     The method is handed the retain sample alone. Held-out images, of forgotten classes too where the data has them,
-    are read only afterwards, to measure. Nothing is written unless everything succeeded.
+    are decoded before, so that one that cannot be is told before the work, and are used only afterwards, to measure.
+    Nothing is written unless everything succeeded.
 
     Args:
         model: the model string; None: as the weights say.
@@ -241,30 +244,31 @@ def forget_command(
         check_writable(out / name)
     signer = keep.signer() if ranks().first else None
     before = weights_digests(weights)
-    done = erase(
+    task = prepare(
         data, model, weights, classes,
         retain=retain, method=method, preset=preset, settings=settings, retrained=retrained, seed=seed, device=device,
         journal=journal,
     )  # fmt: skip
-    workspace, notes = done.workspace, list(done.notes)
+    workspace, notes = task.workspace, list(task.notes)
     names = workspace.class_names
-    # only now, when the method is done, are held-out images decoded, those of forgotten classes among them
-    test = stage(workspace.test, workspace.preprocessing, skip_bad=data.skip_bad, shuffle=False, held=data.memory)
+    with journal.phase("read held-out images", steps=None):
+        test = _held_out(workspace, data)  # those of forgotten classes among them; the method is not handed it
+    done = erase(task, journal=journal)
     record = evaluate(
         workspace.model,
         done.unlearned,
-        replace(done.split, forget=None, test=test.dataset),
-        done.reference.model if done.reference else None,
-        retrained_preprocessing=done.reference.preprocessing if done.reference else None,
+        replace(task.split, forget=None, test=test.dataset),
+        task.reference.model if task.reference else None,
+        retrained_preprocessing=task.reference.preprocessing if task.reference else None,
         method=method,
-        config={"preset": preset, "settings": list(settings)} | as_json(done.config) | _asked_for(keep),
+        config={"preset": preset, "settings": list(settings)} | as_json(task.config) | _asked_for(keep),
         seed=seed,
         phases=done.phases,
         journal=journal,
     )
     pictures: dict[str, Any] | None = {} if keep.include_images else None
     learned = learned_record(journal.learned, workspace.model, done.unlearned, names, workspace.preprocessing, pictures)
-    skipped = done.num_bad + test.num_bad
+    skipped = task.num_bad + test.num_bad
     if skipped:
         notes.append(f"left out {skipped:,} images that cannot be decoded")
     notes += journal.notes
@@ -285,7 +289,7 @@ def forget_command(
     if parent is not None and parent["content_hash"] is None:
         notes.append("the weights say that classes were forgotten before, and the record of that is not beside them")
     content = weights_content(done.unlearned, metadata)
-    files = {UNLEARNED: content, SAMPLE: json_text(done.samples.as_json()).encode()}
+    files = {UNLEARNED: content, SAMPLE: json_text(task.samples.as_json()).encode()}
     record = replace(
         record,
         model=dict(record.model)
@@ -296,8 +300,8 @@ def forget_command(
             "retain_source": retain.source,
             "retain_per_class": retain.per_class,
             "retain_share": retain.share,
-            "retain_samples": done.num_retained,
-            "dropped_forgotten": done.dropped,
+            "retain_samples": task.num_retained,
+            "dropped_forgotten": task.dropped,
             "skipped_bad": skipped,
             "options": _as_given(data),
         },
@@ -310,7 +314,7 @@ def forget_command(
                 "unlearned": {"file": digest(content), "tensors": tensors_digest(done.unlearned.state_dict())},
             }
             | ({"retrained": weights_digests(retrained)} if retrained is not None else {}),
-            "retain_sample": {"fingerprint": done.samples.fingerprint, "count": len(done.samples.hashes)},
+            "retain_sample": {"fingerprint": task.samples.fingerprint, "count": len(task.samples.hashes)},
             "parent": parent,
             "signer": signer,
         },
@@ -322,23 +326,32 @@ UNLEARNED = "unlearned.safetensors"
 
 
 @dataclass(frozen=True)
-class Erasure:
-    """What a method made of a model, and what it was handed; nothing of it is written yet."""
+class Task:
+    """What a method is to be run on, opened and checked."""
 
     workspace: Workspace
-    split: Split
-    unlearned: nn.Module
-    reference: _Sibling | None  # the retrained model
+    method: str
     config: Any
+    seed: int
+    split: Split  # what the method is handed
+    reference: _Sibling | None  # the retrained model
     samples: SampleHashes
-    phases: Sequence[Phase]  # of the method
     num_retained: int
     num_bad: int  # retained images that could not be decoded
     dropped: int  # images of forgotten classes that were left out of the retain source
     notes: tuple[str, ...]
 
 
-def erase(
+@dataclass(frozen=True)
+class Erasure:
+    """What a method made of a model; nothing of it is written yet."""
+
+    task: Task
+    unlearned: nn.Module
+    phases: Sequence[Phase]  # of the method
+
+
+def prepare(
     data: DataOptions,
     model: str | None,
     weights: Path,
@@ -353,14 +366,14 @@ def erase(
     device: str | None,
     salt: str | None = None,
     journal: Journal,
-) -> Erasure:
-    """Run a method as `forget_command` does, and write nothing: what `expunge verify --replay` runs again.
+) -> Task:
+    """Open and check what an erasure needs, before its work: what `expunge verify --replay` runs again too.
 
     Args:
         salt: to hash the retain sample with; None: a new one.
 
     Raises:
-        InputError: something cannot be used; DivergedError where a loss became NaN.
+        InputError: something cannot be used.
     """
     config = override(_preset(method, preset), settings)
     workspace = open_workspace(data, model, weights, leave_out=classes, seed=seed, device=device)
@@ -402,21 +415,43 @@ def erase(
         preprocessing=workspace.preprocessing,
         forgotten_before=before,
     )
-    started = len(journal.phases)
-    unlearned = METHODS[method](workspace.model, split, config, seed=seed, journal=journal)
-    return Erasure(
+    return Task(
         workspace=workspace,
-        split=split,
-        unlearned=unlearned,
-        reference=reference,
+        method=method,
         config=config,
+        seed=seed,
+        split=split,
+        reference=reference,
         samples=samples,
-        phases=journal.phases[started:],
         num_retained=len(sample) - retained.num_bad,
         num_bad=retained.num_bad,
         dropped=dropped,
         notes=tuple(notes),
     )
+
+
+def erase(task: Task, *, journal: Journal) -> Erasure:
+    """Run a method on what was prepared for it, and write nothing.
+
+    Raises:
+        DivergedError: a loss became NaN.
+    """
+    started = len(journal.phases)
+    unlearned = METHODS[task.method](task.workspace.model, task.split, task.config, seed=task.seed, journal=journal)
+    return Erasure(task, unlearned, journal.phases[started:])
+
+
+def _held_out(workspace: Workspace, data: DataOptions) -> Staged:
+    """Stage the test images; of those that are streamed each is decoded once, to find the ones that cannot be.
+
+    Raises:
+        InputError: one cannot be decoded, and bad ones are not to be skipped.
+    """
+    test = stage(workspace.test, workspace.preprocessing, skip_bad=data.skip_bad, shuffle=False, held=data.memory)
+    if isinstance(test.dataset, StreamedImages) and not data.skip_bad:
+        for _ in test.dataset:
+            pass
+    return test
 
 
 def _asked_for(keep: RecordOptions) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from expunge.audits import AUDITS
-from expunge.commands import RetainOptions, audit_command, erase, measure_again
+from expunge.commands import RetainOptions, audit_command, erase, measure_again, prepare
 from expunge.config import as_json, precision_settings
 from expunge.errors import InputError
 from expunge.evaluation import environment
@@ -59,7 +59,7 @@ def replay_erasure(folder: Path, record: Content, where: Elsewhere, journal: Jou
         return
     salt = read_samples(folder / SAMPLE).salt if (folder / SAMPLE).is_file() else None
     with _same_threads(record):
-        done = erase(
+        task = prepare(
             _data_options(record, where),
             _model(record, where),
             original,
@@ -78,9 +78,10 @@ def replay_erasure(folder: Path, record: Content, where: Elsewhere, journal: Jou
             salt=salt,
             journal=journal,
         )
+        done = erase(task, journal=journal)
         here = environment(done.unlearned)
-    if salt is not None and done.samples.fingerprint != provenance["retain_sample"]["fingerprint"]:
-        yield Finding("replay", False, _sample_differs(read_samples(folder / SAMPLE), done.samples))
+    if salt is not None and task.samples.fingerprint != provenance["retain_sample"]["fingerprint"]:
+        yield Finding("replay", False, _sample_differs(read_samples(folder / SAMPLE), task.samples))
     made = done.unlearned.state_dict()
     if tensors_digest(made) == provenance["weights"]["unlearned"]["tensors"]:
         yield Finding("replay", True, "the erasure gives the same weights again, bit for bit")
