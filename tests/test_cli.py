@@ -303,6 +303,20 @@ def test_a_bad_held_out_image_is_told_before_the_work(
     refuse("broken.png", out, *words)
 
 
+def test_columns_may_be_of_the_retain_sample_alone(tmp_path: Path, trained: Trained) -> None:
+    folder = write_digits(tmp_path / "digits", range(10), each=6)
+    out, words = tmp_path / "out", ("--label-column", "b", "--quiet")
+    refuse("--label-column means nothing to", None, *trained.arguments(out, *words, source=str(folder)))
+    path = tmp_path / "retain"
+    path.mkdir()
+    files = sorted((folder / "1").iterdir())
+    pq.write_table(pa.table({"image": [one.read_bytes() for one in files], "b": ["1"] * 6}), path / "train.parquet")
+    done = invoke(*trained.arguments(out, *words, "--retain", str(path), source=str(folder)))
+    assert done.exit_code in (0, 1), done.stderr
+    train = ("train", "--model", trained.model, "--data", str(folder), "--out", str(out / "w.safetensors"))
+    refuse("--image-column means nothing to", None, *train, "--image-column", "a")
+
+
 def test_parquet_with_two_label_columns(tmp_path: Path, trained: Trained) -> None:
     buffer = io.BytesIO()
     Image.new("L", (8, 8)).save(buffer, "PNG")
@@ -348,6 +362,9 @@ def test_classes(tmp_path: Path, trained: Trained, classes: str, message: str) -
         ("--retain-share 0", "retain share above 0"),
         ("--retain-share 2", "retain share above 0"),
         ("--retain-share 0.5 --retain-per-class 5", "got both"),
+        ("--drop-forgotten", "--drop-forgotten means nothing without --retain"),
+        ("--label-column x", "--label-column means nothing to 'digits', which has no columns"),
+        ("--image-column x", "--image-column means nothing to 'digits', which has no columns"),
         ("--retain /no/such/folder", "no data at '/no/such/folder'"),
         ("--data /no/such/folder", "no data at '/no/such/folder'"),
         ("--weights /no/such/file", "no weights file at '/no/such/file'"),

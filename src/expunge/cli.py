@@ -29,6 +29,7 @@ from expunge.options import (
     Seed,
     ask_for_shards,
     data_options,
+    given_of,
     listed,
     password,
     record_options,
@@ -298,18 +299,28 @@ def audit(
         ),
     ] = "default",
     members: Annotated[
-        int, typer.Option(min=3, metavar="N", help="Models of each kind to train.", rich_help_panel="Budget large")
-    ] = 8,
+        int | None,
+        typer.Option(
+            min=3, metavar="N", help="Models of each kind to train; by default 8.", rich_help_panel="Budget large"
+        ),
+    ] = None,
     method: Annotated[
-        str, typer.Option(metavar="NAME", help="Method that is judged.", rich_help_panel="Budget large")
-    ] = "unsir",
+        str | None,
+        typer.Option(metavar="NAME", help="Method that is judged; by default unsir.", rich_help_panel="Budget large"),
+    ] = None,
     preset: Annotated[
-        str, typer.Option(metavar="NAME", help="Its preset.", rich_help_panel="Budget large")
-    ] = "default",
+        str | None,
+        typer.Option(metavar="NAME", help="Its preset; by default default.", rich_help_panel="Budget large"),
+    ] = None,
     epochs: Annotated[
-        int,
-        typer.Option(min=1, metavar="N", help="Passes over the data to train a model.", rich_help_panel="Budget large"),
-    ] = 12,
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Passes over the data to train a model; by default 12.",
+            rich_help_panel="Budget large",
+        ),
+    ] = None,
     no_training_data: Annotated[
         bool,
         typer.Option(
@@ -341,8 +352,13 @@ def audit(
 
         if budget not in ("default", "large"):
             raise InputError(f"expected --budget default or large, got {budget!r}")
-        recipe = replace(TRAIN_DEFAULT, epochs=epochs)
-        many = EnsembleOptions(members=members, method=method, preset=preset, recipe=recipe)
+        for name, value in {"members": members, "method": method, "preset": preset, "epochs": epochs}.items():
+            if value is not None and budget != "large":
+                raise InputError(f"--{name} means nothing without --budget large")
+        recipe = replace(TRAIN_DEFAULT, epochs=epochs or TRAIN_DEFAULT.epochs)
+        many = EnsembleOptions(
+            members=members or 8, method=method or "unsir", preset=preset or "default", recipe=recipe
+        )
         options = data_options(data, reading)
         with progress.shown_journal(quiet or as_json or not _first()) as journal:
             outcome = audit_command(
@@ -481,9 +497,16 @@ def bench(
     may run it on one folder. A cell that fails is recorded with its error; the rest goes on, and it leaves with 1.
     """
     with _user_errors("finished cells are kept; run the same command again to go on"):
-        from expunge.bench.command import bench_command, plan, submit_command
-        from expunge.bench.suites import Request
+        from expunge.bench.command import bench_command, check_jobs, plan, submit_command
+        from expunge.bench.suites import Request, refuse_idle
+        from expunge.errors import InputError
         from expunge.terminal import bench as terminal
+
+        check_jobs(jobs)
+        if not 0 < slurm_hours < MOST_HOURS:
+            raise InputError(f"expected --slurm-hours above 0 and below {MOST_HOURS:,}, got {slurm_hours:g}")
+        if data is None:
+            refuse_idle(suite, given_of(reading))
 
         options = data_options(data, reading) if data is not None else None
         request = Request(
@@ -732,6 +755,9 @@ def log(
                 typer.echo(entry.text)
         else:
             answers.show_log([entry.content for entry in entries[1:]])
+
+
+MOST_HOURS = 10_000  # of a job: more than a year
 
 
 def _open(page: Path) -> None:

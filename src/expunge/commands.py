@@ -64,7 +64,7 @@ from expunge.signing import SIGNATURE, check_private, sign_folder
 from expunge.training import predict, train
 from expunge.verdict import verdict
 from expunge.weights import Metadata, apply_weights, load_weights, save_weights, weights_content
-from expunge.workspace import DataOptions, Workspace, align, open_workspace
+from expunge.workspace import DataOptions, Workspace, align, open_workspace, refuse_idle_columns
 
 TRAIN_DEFAULT = TrainConfig(epochs=12, lr=0.002, optimizer="adamw", weight_decay=0.05, schedule="one_cycle")
 """One recipe for networks with and without BatchNorm and for transformers; see docs/results.md."""
@@ -86,6 +86,8 @@ class RetainOptions:
             raise InputError(f"expected at least one retained image a class, got {self.per_class}")
         if self.share is not None and not 0 < self.share <= 1:
             raise InputError(f"expected a retain share above 0 and up to 1, got {self.share:g}")
+        if self.drop_forgotten and self.source is None:
+            raise InputError("--drop-forgotten means nothing without --retain: of --data no forgotten class is drawn")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +152,7 @@ def train_command(
         check_writable(out)
     workspace = open_workspace(data, model, None, leave_out=leave_out, seed=seed, device=device)
     never = workspace.left_out
+    refuse_idle_columns(data, workspace.source)
     preprocessing = workspace.preprocessing
     if workspace.source.mirror_safe if augment is None else augment:
         config = replace(config, flip=True, crop=min(preprocessing.size) // 8)
@@ -616,6 +619,7 @@ def audit_command(
     signer = keep.signer()
     classes = classes or _newly_forgotten(original, unlearned)
     workspace = open_workspace(data, model, original, leave_out=classes, seed=seed, device=device)
+    refuse_idle_columns(data, workspace.source)
     subject = _sibling(workspace, unlearned)
     references = [_retrained(workspace, path) for path in retrained]
     notes = list(workspace.notes)
@@ -892,11 +896,13 @@ def _retain_table(
     that it has none: one that has is refused, unless told to drop them.
     """
     if retain.source is None:
+        refuse_idle_columns(data, workspace.source)
         return without(workspace.source.train, gone), 0
     source = workspace.source  # whose held-out images are cut off
     if retain.source != data.spec:
         source = open_source(retain.source, label_column=data.label_column, image_column=data.image_column)
         source, _ = align(source, workspace.class_names)
+    refuse_idle_columns(data, workspace.source, source)
     clean = without(source.train, gone)
     dropped = len(source.train) - len(clean)
     if dropped and not retain.drop_forgotten:

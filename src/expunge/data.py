@@ -77,6 +77,7 @@ class Source:
     test: ImageTable | None  # None: the source has no such split, see `with_test_split`
     named: bool = True  # False: the source has numbers for labels and no names
     mirror_safe: bool = True  # a mirrored image keeps its class (not so for digits)
+    has_columns: bool = False  # label and image are columns with names (parquet, tars, the hub)
 
 
 class TensorImages(Dataset[Sample]):
@@ -244,15 +245,18 @@ def open_source(
     Raises:
         InputError: the source is not there, has no labels or images, or its columns are ambiguous.
     """
+    has_columns = False
     if spec == "digits":
         tables, names, named = _open_digits()
     elif spec.startswith("hf:") and "://" not in spec:
         tables, names, named = _open_hub(spec.removeprefix("hf:"), label_column, image_column)
+        has_columns = True
     elif spec.startswith("torchvision:"):
         tables, names, named = _open_torchvision(spec.removeprefix("torchvision:"))
     elif found := _find_shards(spec):
         opener = _open_parquet if found.kind == ".parquet" else _open_tars
         tables, names, named = opener(found, label_column, image_column)
+        has_columns = True
     elif Path(spec).is_dir():
         tables, names, named = _open_folders(Path(spec))
     else:
@@ -269,7 +273,7 @@ def open_source(
             raise InputError(f"expected labels 0 to {len(names) - 1} in {spec!r}, found {low if low < 0 else high}")
     if train is None:
         raise InputError(f"expected a train split in {spec!r}, found {', '.join(tables) or 'none'}")
-    return Source(spec, names, train, test, named=named, mirror_safe=spec != "digits")
+    return Source(spec, names, train, test, named=named, mirror_safe=spec != "digits", has_columns=has_columns)
 
 
 def with_test_split(source: Source) -> tuple[Source, ImageTable]:

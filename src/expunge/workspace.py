@@ -129,6 +129,18 @@ def open_workspace(
     )
 
 
+def refuse_idle_columns(data: DataOptions, *sources: Source) -> None:
+    """Refuse column names where no source has columns.
+
+    Raises:
+        InputError: names the option that means nothing.
+    """
+    for option, column in (("--label-column", data.label_column), ("--image-column", data.image_column)):
+        if column is not None and not any(source.has_columns for source in sources):
+            specs = " and ".join(dict.fromkeys(repr(source.spec) for source in sources))
+            raise InputError(f"{option} means nothing to {specs}, which has no columns")
+
+
 def pick_device(device: str | None) -> torch.device:
     """Return the device that was asked for, or the one Accelerate gives this process.
 

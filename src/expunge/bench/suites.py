@@ -91,6 +91,18 @@ def suite_cells(name: str, request: Request) -> list[Cell]:
     return chosen
 
 
+def refuse_idle(name: str, options: Sequence[str]) -> None:
+    """Refuse options of how data is read where none is given.
+
+    Raises:
+        InputError: names the first, unless there is no such suite, or it needs the data.
+    """
+    if not options or name not in SUITES or "data" in SUITES[name].needs:
+        return
+    why = "without --data" if "data" in SUITES[name].takes else f"to the suite {name}"
+    raise InputError(f"{options[0]} means nothing {why}")
+
+
 # The suites
 
 
