@@ -124,6 +124,7 @@ def write_digits(folder: Path, labels: Sequence[int], each: int = 3) -> Path:
 def test_train(tmp_path: Path, trained: Trained) -> None:
     out = tmp_path / "w.safetensors"
     words = ["train", "--data", "digits", "--model", trained.model, "--epochs", "1", "--without", "3,zero"]
+    refuse("cannot leave out all 10 classes", tmp_path, *words[:-1], ",".join(CLASSES), "--out", str(out))
     refuse("expected --out to end in .safetensors", tmp_path, *words[:-2], "--out", str(tmp_path / "w.pt"))
     refuse("unknown class 'zero'", tmp_path, *words, "--out", str(out))
     result = invoke(*words[:-1], "3,0", "--out", str(out))

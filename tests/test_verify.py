@@ -379,6 +379,9 @@ def test_an_image_is_looked_up_without_the_data(erased: Erased, tmp_path: Path) 
     assert "was not in the retain sample, pixel for pixel" in erased.wrong(erased.first, image=outside)[0]
     with pytest.raises(InputError, match="no image at"):
         erased.check(erased.first, image=tmp_path / "none.png")
+    (tmp_path / "a.pt").write_bytes(b"hello")
+    with pytest.raises(InputError, match=r"cannot decode .*a.pt: expected an image, as PNG or JPEG$"):
+        erased.check(erased.first, image=tmp_path / "a.pt")
 
 
 def test_hashes_of_one_image_differ_between_records(erased: Erased) -> None:

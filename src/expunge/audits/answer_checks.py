@@ -136,10 +136,12 @@ def check_statistics(original: Subject, unlearned: Subject, data: AuditData, *, 
     moved = _statistics_moved(unlearned.model, original.model)
     if moved is None:
         return Check(name=name, ok=True, sentence="the unlearned model has no running statistics to compare")
-    told = f"running means moved by {moved:.2f} standard deviations from the original's"
+    shift = f"by {moved:.2f}" if moved >= 0.01 or moved == 0 else "by less than 0.01"
+    moved_by = f"running means moved {shift} standard deviations from the original's"
     drawn = _to_refresh(data, seed) if data.has("retain test") else None
     if drawn is None:
-        return Check(name=name, ok=None, sentence=f"{told}; whether they are stale is open: too few retained images")
+        told = f"too few retained images to measure them anew: whether they are stale is open ({moved_by})"
+        return Check(name=name, ok=None, sentence=told)
     shown, held_out = drawn
     generator = torch.Generator().manual_seed(seed)
     images = retained_sample(shown, len(shown), unlearned.preprocessing, generator, repeat=False).images
@@ -150,12 +152,10 @@ def check_statistics(original: Subject, unlearned: Subject, data: AuditData, *, 
         images = retained_sample(shown, len(shown), original.preprocessing, generator, repeat=False).images
         own = _won(original, refreshed(original.model, images), forgotten)
         back = back if back.low > own.high else None
-    return _of_new_statistics(
-        f"{told}, and measured anew, on retained images alone,", _won(unlearned, anew, held_out), back
-    )
+    return _of_new_statistics(moved_by, _won(unlearned, anew, held_out), back)
 
 
-def _of_new_statistics(told: str, kept: Interval, back: Interval | None) -> Check:
+def _of_new_statistics(moved_by: str, kept: Interval, back: Interval | None) -> Check:
     """Return the check that says what new statistics win on retained and on forgotten images."""
     name = "normalization statistics"
     returns = f"{points(back)} more images of the forgotten classes" if back is not None and _matters(back) else ""
@@ -165,8 +165,9 @@ def _of_new_statistics(told: str, kept: Interval, back: Interval | None) -> Chec
             name=name,
             ok=False,
             finding="stale statistics",
-            sentence=f"{told} {points(kept)} more retained images{' and ' if returns else ''}{returns} are answered "
-            "rightly: the verdict is on the model as handed in, part of whose damage is in its statistics",
+            sentence=f"measured anew on retained images, {points(kept)} more retained images"
+            f"{' and ' if returns else ''}{returns} are answered rightly: the verdict is on the model as handed in, "
+            f"part of whose damage is in its statistics ({moved_by})",
             doubts=doubts,
         )
     if returns:
@@ -174,11 +175,14 @@ def _of_new_statistics(told: str, kept: Interval, back: Interval | None) -> Chec
             name=name,
             ok=False,
             finding="hidden by statistics",
-            sentence=f"{told} {returns} are answered rightly: the classes are hidden by statistics, not gone from the "
-            "weights",
+            sentence=f"measured anew on retained images, {returns} are answered rightly: the classes are hidden by "
+            f"statistics, not gone from the weights ({moved_by})",
             doubts=doubts,
         )
-    sentence = f"{told} they change no {STALE:.0%} of answers for the better, so that they hide nothing"
+    sentence = (
+        f"they hide nothing: measured anew on retained images, they change no {STALE:.0%} of answers for the better "
+        f"({moved_by})"
+    )
     return Check(name=name, ok=True, sentence=sentence)
 
 

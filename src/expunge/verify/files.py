@@ -157,8 +157,9 @@ def look_up(folder: Path, record: Content, image: Path) -> Finding:
     samples = read_samples(folder / SAMPLE)
     stated = record["data"]["preprocessing"]
     preprocessing = Preprocessing(size=tuple(stated["size"]), mean=tuple(stated["mean"]), std=tuple(stated["std"]))
-    pixels = decode(image, preprocessing, str(image))
-    assert pixels is not None  # skip_bad is off
+    pixels = decode(image, preprocessing, str(image), skip_bad=True)
+    if pixels is None:
+        raise InputError(f"cannot decode {image}: expected an image, as PNG or JPEG")
     known = set(samples.hashes)
     names = record["classes"]["all"]
     for label, name in enumerate(names):
