@@ -102,6 +102,12 @@ def test_an_id_changes_with_what_changes_the_result(tmp_path: Path) -> None:
     assert moved.id == cell.original.id
 
 
+def test_what_is_named_twice_counts_once() -> None:
+    once, twice = Request(classes=(("3",),)), Request(classes=(("3", "3"), ("3",)))
+    assert twice == once
+    assert [cell.id for cell in suite_cells("quick", twice)] == [cell.id for cell in suite_cells("quick", once)]
+
+
 def test_names() -> None:
     assert slug("Great White (shark)") == "great_white_shark"
     assert model_name("timm:vit_tiny_patch16_224?img_size=32") == "vit_tiny_patch16_224"

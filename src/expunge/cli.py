@@ -202,7 +202,9 @@ def forget(
     preset: Annotated[
         str,
         typer.Option(
-            metavar="NAME", help="Its settings: default (calibrated), fast, paper, notebook.", rich_help_panel="Method"
+            metavar="NAME",
+            help="Its settings: default; of unsir also fast, paper, notebook; of others see docs/methods.md.",
+            rich_help_panel="Method",
         ),
     ] = "default",
     settings: Annotated[
