@@ -674,15 +674,19 @@ def verify(
     Leaves with 1 where something does not match, and says what. What could not be checked is said too.
     """
     with _user_errors():
-        from expunge.verify import Elsewhere
+        from expunge.verify import Elsewhere, StoppedError
         from expunge.verify import verify as check
 
         where = Elsewhere(
             weights=weights, data=data, retain=retain, model=model, parents=tuple(parents or ()), ledger=ledger,
             device=device,
         )  # fmt: skip
-        with progress.shown_journal(quiet or as_json or not _first()) as journal:
-            findings = check(folder, key=key, replay=replay, audit=audit, image=image, where=where, journal=journal)
+        stopped = None
+        try:
+            with progress.shown_journal(quiet or as_json or not _first()) as journal:
+                findings = check(folder, key=key, replay=replay, audit=audit, image=image, where=where, journal=journal)
+        except StoppedError as error:
+            findings, stopped = error.findings, error
         if as_json:
             from dataclasses import asdict
 
@@ -691,6 +695,8 @@ def verify(
             typer.echo(json_text([asdict(found) for found in findings]), nl=False)
         elif not quiet:
             answers.show_findings(folder, findings)
+        if stopped is not None:
+            raise stopped
         if any(found.ok is False for found in findings):
             raise typer.Exit(1)
 
