@@ -331,6 +331,19 @@ def test_parquet_with_two_label_columns(tmp_path: Path, trained: Trained) -> Non
 # Mistakes in what was given
 
 
+def test_nothing_to_train_on_can_be_decoded(tmp_path: Path, trained: Trained) -> None:
+    folder = write_digits(tmp_path / "digits", range(3), each=2)
+    for path in folder.rglob("*.png"):
+        path.write_bytes(b"hello")
+    out = tmp_path / "w.safetensors"
+    words = ["train", "--data", str(folder), "--model", trained.model, "--out", str(out), "--skip-bad", "--quiet"]
+    refuse("could decode none of the 3 images that were tried", None, *words)
+    refuse("could decode none of the 3 images that were tried", None, *words, "--size", "8")
+    words += ["--size", "8", "--channels", "1", "--mean", "0", "--std", "1"]
+    refuse("expected images that can be decoded in", None, *words)
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
