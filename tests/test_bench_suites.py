@@ -102,6 +102,12 @@ def test_an_id_changes_with_what_changes_the_result(tmp_path: Path) -> None:
     assert moved.id == cell.original.id
 
 
+def test_what_is_named_twice_counts_once() -> None:
+    once, twice = Request(classes=(("3",),)), Request(classes=(("3", "3"), ("3",)))
+    assert twice == once
+    assert [cell.id for cell in suite_cells("quick", twice)] == [cell.id for cell in suite_cells("quick", once)]
+
+
 def test_names() -> None:
     assert slug("Great White (shark)") == "great_white_shark"
     assert model_name("timm:vit_tiny_patch16_224?img_size=32") == "vit_tiny_patch16_224"
@@ -314,6 +320,14 @@ def test_a_failed_cell_leaves_with_1(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (["own", "--data", "digits", "--classes", "3", "--weights", "/no/such"], "no weights file at '/no/such'"),
         (["quick", "--epochs", "3"], "--epochs means nothing to the suite quick"),
         (["quick", "--audits", "magic"], "unknown audit 'magic'"),
+        (["quick", "--memory", "1G"], "--memory means nothing to the suite quick"),
+        (["scaling", "--label-column", "a"], "--label-column means nothing to the suite scaling"),
+        (["analyses", "--skip-bad"], "--skip-bad means nothing without --data"),
+        (["field", "--size", "32"], "the suite field needs --data"),
+        (["analyses", "--data", "digits", "--image-column", "a"], "--image-column means nothing to 'digits'"),
+        (["quick", "--jobs", "0", "--dry-run"], "expected --jobs of at least 1, got 0"),
+        (["quick", "--slurm-hours", "-1", "--dry-run"], "expected --slurm-hours above 0 and below 10,000, got -1"),
+        (["quick", "--slurm-hours", "inf", "--slurm", "gpu"], "expected --slurm-hours above 0 and below 10,000"),
         (["quick", "--slurm", "gpu"], "cannot submit to slurm here"),
     ],
 )

@@ -25,7 +25,7 @@ from typer.testing import CliRunner, Result
 from expunge import cli, commands, data, weights
 from expunge.errors import InputError
 from expunge.methods import METHODS
-from expunge.schema import TrainConfig
+from expunge.schema import Split, TrainConfig
 from expunge.weights import Metadata, load_weights
 from expunge.workspace import DataOptions
 
@@ -124,6 +124,8 @@ def write_digits(folder: Path, labels: Sequence[int], each: int = 3) -> Path:
 def test_train(tmp_path: Path, trained: Trained) -> None:
     out = tmp_path / "w.safetensors"
     words = ["train", "--data", "digits", "--model", trained.model, "--epochs", "1", "--without", "3,zero"]
+    refuse("cannot leave out all 10 classes", tmp_path, *words[:-1], ",".join(CLASSES), "--out", str(out))
+    refuse("expected --out to end in .safetensors", tmp_path, *words[:-2], "--out", str(tmp_path / "w.pt"))
     refuse("unknown class 'zero'", tmp_path, *words, "--out", str(out))
     result = invoke(*words[:-1], "3,0", "--out", str(out))
     assert result.exit_code == 0, result.stderr
@@ -284,6 +286,38 @@ def test_a_bad_image_in_a_stream_is_one_line(tmp_path: Path, trained: Trained, m
     refuse("broken.png", out, *trained.arguments(out, "--retain", str(retain), "--quiet"))
 
 
+@pytest.mark.parametrize("held", [data.HELD_BYTES, 100])  # in memory, or streamed
+def test_a_bad_held_out_image_is_told_before_the_work(
+    tmp_path: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch, held: int
+) -> None:
+    def run(_: nn.Module, split: Split, *__: Any, **___: Any) -> nn.Module:
+        raise ArithmeticError(f"the method began with {split.forget}, {split.test}")
+
+    monkeypatch.setattr(data, "HELD_BYTES", held)
+    monkeypatch.setitem(METHODS, "unsir", replace(METHODS["unsir"], run=run))
+    for part in ("train", "test"):
+        write_digits(tmp_path / "digits" / part, range(10))
+    out = tmp_path / "out"
+    words = trained.arguments(out, "--quiet", source=str(tmp_path / "digits"))
+    assert str(invoke(*words).exception) == "70"  # of the good ones, which it is not handed
+    (tmp_path / "digits" / "test" / "3" / "broken.png").write_bytes(b"hello")
+    refuse("broken.png", out, *words)
+
+
+def test_columns_may_be_of_the_retain_sample_alone(tmp_path: Path, trained: Trained) -> None:
+    folder = write_digits(tmp_path / "digits", range(10), each=6)
+    out, words = tmp_path / "out", ("--label-column", "b", "--quiet")
+    refuse("--label-column means nothing to", None, *trained.arguments(out, *words, source=str(folder)))
+    path = tmp_path / "retain"
+    path.mkdir()
+    files = sorted((folder / "1").iterdir())
+    pq.write_table(pa.table({"image": [one.read_bytes() for one in files], "b": ["1"] * 6}), path / "train.parquet")
+    done = invoke(*trained.arguments(out, *words, "--retain", str(path), source=str(folder)))
+    assert done.exit_code in (0, 1), done.stderr
+    train = ("train", "--model", trained.model, "--data", str(folder), "--out", str(out / "w.safetensors"))
+    refuse("--image-column means nothing to", None, *train, "--image-column", "a")
+
+
 def test_parquet_with_two_label_columns(tmp_path: Path, trained: Trained) -> None:
     buffer = io.BytesIO()
     Image.new("L", (8, 8)).save(buffer, "PNG")
@@ -295,6 +329,19 @@ def test_parquet_with_two_label_columns(tmp_path: Path, trained: Trained) -> Non
 
 
 # Mistakes in what was given
+
+
+def test_nothing_to_train_on_can_be_decoded(tmp_path: Path, trained: Trained) -> None:
+    folder = write_digits(tmp_path / "digits", range(3), each=2)
+    for path in folder.rglob("*.png"):
+        path.write_bytes(b"hello")
+    out = tmp_path / "w.safetensors"
+    words = ["train", "--data", str(folder), "--model", trained.model, "--out", str(out), "--skip-bad", "--quiet"]
+    refuse("could decode none of the 3 images that were tried", None, *words)
+    refuse("could decode none of the 3 images that were tried", None, *words, "--size", "8")
+    words += ["--size", "8", "--channels", "1", "--mean", "0", "--std", "1"]
+    refuse("expected images that can be decoded in", None, *words)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(
@@ -329,6 +376,9 @@ def test_classes(tmp_path: Path, trained: Trained, classes: str, message: str) -
         ("--retain-share 0", "retain share above 0"),
         ("--retain-share 2", "retain share above 0"),
         ("--retain-share 0.5 --retain-per-class 5", "got both"),
+        ("--drop-forgotten", "--drop-forgotten means nothing without --retain"),
+        ("--label-column x", "--label-column means nothing to 'digits', which has no columns"),
+        ("--image-column x", "--image-column means nothing to 'digits', which has no columns"),
         ("--retain /no/such/folder", "no data at '/no/such/folder'"),
         ("--data /no/such/folder", "no data at '/no/such/folder'"),
         ("--weights /no/such/file", "no weights file at '/no/such/file'"),
@@ -339,7 +389,9 @@ def test_classes(tmp_path: Path, trained: Trained, classes: str, message: str) -
         ("--set impair.rate=1", "no setting 'rate'"),
         ("--set impair.lr=fast", "expected a value of type float"),
         ("--set impair.lr=-1", "expected a positive learning rate"),
-        ("--set impair.optimizer=magic", "expected optimizer adam, adamw or sgd"),
+        ("--set impair.optimizer=magic", "expected one of adam, adamw, sgd in 'impair.optimizer=magic', got 'magic'"),
+        ("--set impair.mode=xx", "expected one of train, batch, eval in 'impair.mode=xx', got 'xx'"),
+        ("--set impair.clip_value=-1", "expected a clip_value above 0, got -1"),
         ("--set impair.weight_decay=-1", "weight_decay"),
         ("--set impair.crop=8 --quiet", "expected a crop below the image size"),
         ("--set noise_steps=0", "expected noise_steps of at least 1"),

@@ -9,6 +9,7 @@ import pytest
 from expunge.config import as_json, override
 from expunge.errors import InputError
 from expunge.methods import UnsirConfig
+from expunge.schema import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,3 +97,17 @@ def test_a_part_that_may_be_none_can_be_switched_off() -> None:
     assert override(UnsirConfig(), ["calibration=none"]).calibration is None
     with pytest.raises(InputError, match="has parts"):
         override(UnsirConfig(), ["impair=none"])
+
+
+def test_a_word_is_one_of_those_that_are_allowed() -> None:
+    assert override(UnsirConfig(), ["impair.mode=batch"]).impair.mode == "batch"
+    with pytest.raises(InputError, match="expected one of train, batch, eval in"):
+        override(UnsirConfig(), ["impair.mode=xx"])
+    with pytest.raises(InputError, match="expected mode train, batch, eval, got 'xx'"):
+        TrainConfig(mode="xx")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
+def test_a_clip_value_is_positive(value: float) -> None:
+    with pytest.raises(InputError, match="expected a clip_value above 0"):
+        TrainConfig(clip_value=value)

@@ -136,6 +136,26 @@ def test_folder_without_images_is_refused(tmp_path: Path, counts: dict[str, int]
         open_source(str(tmp_path))
 
 
+def test_a_folder_with_a_test_split_alone_is_refused(tmp_path: Path) -> None:
+    write_folders(tmp_path / "split" / "test", {"cat": 1, "dog": 1})
+    with pytest.raises(InputError, match=r"expected a train split in .*split', found only test"):
+        open_source(str(tmp_path / "split"))
+    write_folders(tmp_path / "classes", {"test": 1, "dog": 1})  # a class may be called so
+    assert open_source(str(tmp_path / "classes")).class_names == ("dog", "test")
+    write_folders(tmp_path / "one", {"test": 1})
+    assert open_source(str(tmp_path / "one")).class_names == ("test",)
+
+
+def test_where_nothing_can_be_decoded_it_is_said(tmp_path: Path) -> None:
+    write_folders(tmp_path, {"cat": 2, "dog": 1})
+    for path in tmp_path.rglob("*.png"):
+        path.write_bytes(b"hello")
+    table = open_source(str(tmp_path)).train
+    for measure in (lambda: native_size(table), lambda: measure_statistics(table, (4, 4), 3)):
+        with pytest.raises(InputError, match="could decode none of the 3 images that were tried, the first being"):
+            measure()
+
+
 def test_source_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no data at"):
         open_source(str(tmp_path / "nothing"))
@@ -281,6 +301,8 @@ def test_a_name_wins_over_an_index_and_over_commas() -> None:
 def test_resolve_classes_refuses(asked: list[str | int], message: str) -> None:
     with pytest.raises(InputError, match=message):
         resolve_classes(asked, ANIMALS)
+    with pytest.raises(InputError, match=message.replace("forget", "leave out")):
+        resolve_classes(asked, ANIMALS, purpose="leave out")
 
 
 @given(st.sets(st.integers(0, 3), min_size=1, max_size=3), st.data())

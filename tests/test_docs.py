@@ -13,6 +13,7 @@ from conftest import Tiny, TinyNet
 from expunge.cli import app
 from expunge.config import as_json
 from expunge.evaluation import evaluate
+from expunge.methods import PRESETS
 from expunge.schema import CalibrationReport
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +51,14 @@ def test_every_record_key_is_documented(tiny: Tiny) -> None:
     for key in [key for part in parts for key in part]:
         if key not in ("goal_forget_accuracy", "goal_retain_drop", "steps", "samples"):
             assert f"`{key}`" in text or f"`{key}." in text, f"{key} is not in docs/record.md"
+
+
+def test_every_preset_is_documented() -> None:
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8").partition("## Presets")[2].partition("\n## ")[0]
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", text, re.MULTILINE))
+    assert list(rows) == list(PRESETS)
+    for method, presets in PRESETS.items():
+        assert re.findall(r"`(\w+)`", rows[method]) == list(presets), method
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

@@ -191,7 +191,10 @@ def test_file_that_fails(tmp_path: Path, code: str, message: str) -> None:
         ("timm:no_such_model", "cannot build model 'timm:no_such_model'"),
         ("torchvision:no_such_model", "cannot build model"),
         ("torchvision:resnet18?depths=3", "cannot build model .*depths"),
-        ("allcnn?depth=3", "cannot build model .*depth"),
+        ("allcnn?depth=3", "unknown argument 'depth' in 'allcnn.*: expected some of width, batch_norm, dropout"),
+        ("allcnn?width=abc", "expected width in 'allcnn.* as a whole number above 0, got 'abc'"),
+        ("allcnn?width=0", "expected width in 'allcnn.* as a whole number above 0, got 0"),
+        ("allcnn?dropout=maybe", "expected dropout in 'allcnn.* as true or false, got 'maybe'"),
         ("hf:/no/such/folder", "cannot build model"),
     ],
 )

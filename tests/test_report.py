@@ -22,7 +22,8 @@ from expunge.config import as_json
 from expunge.errors import InputError
 from expunge.evaluation import evaluate
 from expunge.files import json_writer
-from expunge.report import canonical_json, check_record, html_report, markdown_summary, read_record
+from expunge.provenance import seal
+from expunge.report import canonical_json, check_record, html_report, markdown_summary, read_record, was_edited
 from expunge.report.page import SECTIONS, page_of
 from expunge.report.reading import LAYERS as REPORT_LAYERS
 from expunge.report.rerun import rerun
@@ -349,6 +350,26 @@ def test_report_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert invoke("report", str(folder), "--quiet").stdout == ""
     monkeypatch.setattr(webbrowser, "open", lambda _: False)
     assert invoke("report", str(folder), "--open").exit_code == 1
+
+
+def test_an_edited_record_is_not_shown_without_a_word(tmp_path: Path) -> None:
+    told = "This record was edited after it was written"
+    record = seal(STORED["demo"])
+    folder = write(tmp_path, record)
+    assert not was_edited(record)
+    for form in ("html", "md", "json"):
+        result = invoke("report", str(folder), "--format", form)
+        assert (result.exit_code, result.stderr) == (0, ""), form
+        assert told not in result.stdout
+    assert told not in (folder / "report.html").read_text(encoding="utf-8")
+    record["metrics"]["after"]["forget_accuracy"] = 0.0001
+    write(tmp_path, record)
+    for form in ("html", "md", "json"):
+        result = invoke("report", str(folder), "--format", form)
+        assert (result.exit_code, result.stderr) == (1, f"{told}: expunge verify {folder} says where\n"), form
+        assert (told in result.stdout) is (form == "md")
+    assert told in (folder / "report.html").read_text(encoding="utf-8")
+    assert not was_edited({name: part for name, part in record.items() if name != "content_hash"})
 
 
 def test_json_is_the_record_in_one_form(tmp_path: Path) -> None:

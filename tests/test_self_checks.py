@@ -275,6 +275,8 @@ def test_how_far_statistics_moved(scene: Scene) -> None:
     for layers, expected in ((1, 0.3 * 24 / 56), (2, 0.3)):  # the layers have 24 and 32 channels
         check = check_statistics(scene.original, scene.subject(shifted(original, 0.3, layers)), scene.data)
         assert f"moved by {expected:.2f} standard" in check.sentence
+    check = check_statistics(scene.original, scene.original, scene.data)
+    assert check.sentence.startswith("measured anew on retained images alone (running means moved by 0.00")
     plain = Subject("unlearned", nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), scene.preprocessing)
     assert "no running statistics" in check_statistics(plain, plain, scene.data).sentence
 

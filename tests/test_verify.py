@@ -26,7 +26,7 @@ from expunge.schema import Preprocessing, Record
 from expunge.verify import Elsewhere, Finding, again, place
 from expunge.verify.again import relative_distance
 from expunge.workspace import DataOptions
-from test_cli import SETTINGS, Trained, invoke, record_of, refuse, trained, write_digits
+from test_cli import SETTINGS, Trained, assert_refused, invoke, record_of, refuse, trained, write_digits
 
 __all__ = ["trained"]  # the fixture, for this file too
 
@@ -379,6 +379,9 @@ def test_an_image_is_looked_up_without_the_data(erased: Erased, tmp_path: Path) 
     assert "was not in the retain sample, pixel for pixel" in erased.wrong(erased.first, image=outside)[0]
     with pytest.raises(InputError, match="no image at"):
         erased.check(erased.first, image=tmp_path / "none.png")
+    (tmp_path / "a.pt").write_bytes(b"hello")
+    with pytest.raises(InputError, match=r"cannot decode .*a.pt: expected an image, as PNG or JPEG$"):
+        erased.check(erased.first, image=tmp_path / "a.pt")
 
 
 def test_hashes_of_one_image_differ_between_records(erased: Erased) -> None:
@@ -439,6 +442,45 @@ def test_mistakes_are_one_line(erased: Erased, tmp_path: Path) -> None:
     refuse("no data at '/no/such/folder'", None, *words, "--replay", "--data", "/no/such/folder")
     refuse("no ledger at", None, *words, "--ledger", missing)
     refuse("cannot read the key", None, *words, "--key", missing)
+
+
+def test_a_folder_may_be_moved(made: Path, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `expunge demo` leaves it, with the other weights in it, by relative paths that lead nowhere from inside."""
+
+    def stray(record: dict[str, Any]) -> None:
+        record["model"] |= {"weights": "gone/o.safetensors", "retrained": "gone/r.safetensors"}
+
+    folder = Path(shutil.copytree(made / "first", tmp_path / "inside" / "moved"))
+    edit(folder, stray, hash_anew=True)
+    monkeypatch.chdir(folder)
+
+    def weights(**more: Any) -> list[str]:
+        found = verify.verify(Path(), **more)
+        return [one.sentence for one in found if one.check == "weights"]
+
+    assert [sentence[:42] for sentence in weights()[1:]] == [
+        "the original weights are not at gone/o.saf", "the retrained weights are not at gone/r.sa",
+    ]  # fmt: skip
+    shutil.copy(trained.retrained, folder / "o.safetensors")  # other weights of that name
+    shutil.copy(trained.retrained, folder / "r.safetensors")
+    assert "the original weights are not at gone/o.saf" in weights()[1]
+    shutil.copy(trained.weights, folder.parent / "o.safetensors")
+    assert weights()[1:] == [
+        "o.safetensors is the original model's, byte for byte", "r.safetensors is the retrained model's, byte for byte"
+    ]  # fmt: skip
+    replayed = verify.verify(Path(), replay=True, where=Elsewhere(model=trained.model))
+    assert [one.ok for one in replayed if one.check == "replay"] == [True]
+
+
+def test_what_was_checked_is_told_where_a_replay_cannot_start(erased: Erased, tmp_path: Path) -> None:
+    words = ["verify", str(erased.first), "--model", erased.trained.model, "--replay"]
+    words += ["--weights", str(tmp_path / "none.safetensors")]
+    result = invoke(*words)
+    assert_refused(result.exit_code, result.stderr, "name the original weights with --weights")
+    assert "record.json is as it was written" in result.stdout
+    assert "code: made by the code that is installed here" in result.stdout
+    assert {one["check"] for one in json.loads(invoke(*words, "--json").stdout)} >= {"record", "weights", "ledger"}
+    assert invoke(*words, "--quiet").stdout == ""
 
 
 def test_a_record_hashed_anew_without_parts_is_no_traceback(erased: Erased) -> None:

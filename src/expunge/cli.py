@@ -29,6 +29,7 @@ from expunge.options import (
     Seed,
     ask_for_shards,
     data_options,
+    given_of,
     listed,
     password,
     record_options,
@@ -202,7 +203,9 @@ def forget(
     preset: Annotated[
         str,
         typer.Option(
-            metavar="NAME", help="Its settings: default (calibrated), fast, paper, notebook.", rich_help_panel="Method"
+            metavar="NAME",
+            help="Its settings: default; of unsir also fast, paper, notebook; of others see docs/methods.md.",
+            rich_help_panel="Method",
         ),
     ] = "default",
     settings: Annotated[
@@ -231,7 +234,7 @@ def forget(
     """Make a trained classifier forget classes: new weights, a record, and a plain answer.
 
     UNSIR, the default method, never reads an image of a class to forget: it learns noise from the model, impairs it
-    with that, and repairs it with a retained sample. Held-out images in --data are read afterwards, to measure.
+    with that, and repairs it with a retained sample. Held-out images in --data are used afterwards, to measure.
     """
     ask_for_shards(fsdp)
     with _user_errors("nothing was written", together=True):
@@ -303,18 +306,28 @@ def audit(
         ),
     ] = "default",
     members: Annotated[
-        int, typer.Option(min=3, metavar="N", help="Models of each kind to train.", rich_help_panel="Budget large")
-    ] = 8,
+        int | None,
+        typer.Option(
+            min=3, metavar="N", help="Models of each kind to train; by default 8.", rich_help_panel="Budget large"
+        ),
+    ] = None,
     method: Annotated[
-        str, typer.Option(metavar="NAME", help="Method that is judged.", rich_help_panel="Budget large")
-    ] = "unsir",
+        str | None,
+        typer.Option(metavar="NAME", help="Method that is judged; by default unsir.", rich_help_panel="Budget large"),
+    ] = None,
     preset: Annotated[
-        str, typer.Option(metavar="NAME", help="Its preset.", rich_help_panel="Budget large")
-    ] = "default",
+        str | None,
+        typer.Option(metavar="NAME", help="Its preset; by default default.", rich_help_panel="Budget large"),
+    ] = None,
     epochs: Annotated[
-        int,
-        typer.Option(min=1, metavar="N", help="Passes over the data to train a model.", rich_help_panel="Budget large"),
-    ] = 12,
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Passes over the data to train a model; by default 12.",
+            rich_help_panel="Budget large",
+        ),
+    ] = None,
     no_training_data: Annotated[
         bool,
         typer.Option(
@@ -348,8 +361,13 @@ def audit(
 
         if budget not in ("default", "large"):
             raise InputError(f"expected --budget default or large, got {budget!r}")
-        recipe = replace(TRAIN_DEFAULT, epochs=epochs)
-        many = EnsembleOptions(members=members, method=method, preset=preset, recipe=recipe)
+        for name, value in {"members": members, "method": method, "preset": preset, "epochs": epochs}.items():
+            if value is not None and budget != "large":
+                raise InputError(f"--{name} means nothing without --budget large")
+        recipe = replace(TRAIN_DEFAULT, epochs=epochs or TRAIN_DEFAULT.epochs)
+        many = EnsembleOptions(
+            members=members or 8, method=method or "unsir", preset=preset or "default", recipe=recipe
+        )
         options = data_options(data, reading)
         with progress.shown_journal(quiet or as_json or not _first()) as journal:
             outcome = audit_command(
@@ -488,9 +506,16 @@ def bench(
     may run it on one folder. A cell that fails is recorded with its error; the rest goes on, and it leaves with 1.
     """
     with _user_errors("finished cells are kept; run the same command again to go on"):
-        from expunge.bench.command import bench_command, plan, submit_command
-        from expunge.bench.suites import Request
+        from expunge.bench.command import bench_command, check_jobs, plan, submit_command
+        from expunge.bench.suites import Request, refuse_idle
+        from expunge.errors import InputError
         from expunge.terminal import bench as terminal
+
+        check_jobs(jobs)
+        if not 0 < slurm_hours < MOST_HOURS:
+            raise InputError(f"expected --slurm-hours above 0 and below {MOST_HOURS:,}, got {slurm_hours:g}")
+        if data is None:
+            refuse_idle(suite, given_of(reading))
 
         options = data_options(data, reading) if data is not None else None
         request = Request(
@@ -544,11 +569,15 @@ def report(
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Make the page of a record again, a Markdown summary (fit for a model card), or its JSON in canonical form."""
+    """Make the page of a record again, a Markdown summary (fit for a model card), or its JSON in canonical form.
+
+    Leaves with 1 where the record was edited after it was written, and says so there too.
+    """
     with _user_errors():
         from expunge.errors import InputError
         from expunge.files import write_atomically
         from expunge.report import (
+            EDITED,
             bench_html,
             canonical_json,
             html_writer,
@@ -558,6 +587,7 @@ def report(
             read_pictures,
             read_record,
             text_writer,
+            was_edited,
         )
 
         if form not in ("html", "md", "json"):
@@ -572,8 +602,13 @@ def report(
                 "a benchmark has a page and JSON here; its Markdown is in tables.md, and it has no pictures"
             )
         record = read_bench(folder) if whole else read_record(folder)
+        edited = not whole and was_edited(record)
+        if edited:
+            say(Console(stderr=True, highlight=False), Text(f"{EDITED}: expunge verify {folder} says where"))
         if form != "html":
             typer.echo(markdown_summary(record) if form == "md" else canonical_json(record), nl=False)
+            if edited:
+                raise typer.Exit(1)
             return
         page = folder / "report.html"
         pictures = read_pictures(folder, record) if include_images else None
@@ -582,6 +617,8 @@ def report(
             typer.echo(f"Wrote {page}")
         if show:
             _open(page)
+        if edited:
+            raise typer.Exit(1)
 
 
 @_command
@@ -644,15 +681,19 @@ def verify(
     Leaves with 1 where something does not match, and says what. What could not be checked is said too.
     """
     with _user_errors():
-        from expunge.verify import Elsewhere
+        from expunge.verify import Elsewhere, StoppedError
         from expunge.verify import verify as check
 
         where = Elsewhere(
             weights=weights, data=data, retain=retain, model=model, parents=tuple(parents or ()), ledger=ledger,
             device=device,
         )  # fmt: skip
-        with progress.shown_journal(quiet or as_json or not _first()) as journal:
-            findings = check(folder, key=key, replay=replay, audit=audit, image=image, where=where, journal=journal)
+        stopped = None
+        try:
+            with progress.shown_journal(quiet or as_json or not _first()) as journal:
+                findings = check(folder, key=key, replay=replay, audit=audit, image=image, where=where, journal=journal)
+        except StoppedError as error:
+            findings, stopped = error.findings, error
         if as_json:
             from dataclasses import asdict
 
@@ -661,6 +702,8 @@ def verify(
             typer.echo(json_text([asdict(found) for found in findings]), nl=False)
         elif not quiet:
             answers.show_findings(folder, findings)
+        if stopped is not None:
+            raise stopped
         if any(found.ok is False for found in findings):
             raise typer.Exit(1)
 
@@ -727,6 +770,9 @@ def log(
                 typer.echo(entry.text)
         else:
             answers.show_log([entry.content for entry in entries[1:]])
+
+
+MOST_HOURS = 10_000  # of a job: more than a year
 
 
 def _open(page: Path) -> None:

@@ -23,6 +23,8 @@ from expunge.audits.runner import as_figure
 from expunge.config import as_json, override, precision_settings
 from expunge.data import (
     ImageTable,
+    Staged,
+    StreamedImages,
     TensorImages,
     count_labels,
     draw,
@@ -34,7 +36,7 @@ from expunge.data import (
 )
 from expunge.errors import InputError
 from expunge.evaluation import evaluate
-from expunge.files import bytes_writer, json_text, json_writer, write_atomically
+from expunge.files import bytes_writer, digest, json_text, json_writer, write_atomically
 from expunge.journal import Journal
 from expunge.ledger import NAME as LEDGER
 from expunge.ledger import Transaction, check_usable, now, writing
@@ -47,7 +49,6 @@ from expunge.provenance import (
     SAMPLE,
     SampleHashes,
     code_digests,
-    digest,
     hash_samples,
     new_salt,
     parent_of,
@@ -63,7 +64,7 @@ from expunge.signing import SIGNATURE, check_private, sign_folder
 from expunge.training import predict, train
 from expunge.verdict import verdict
 from expunge.weights import Metadata, apply_weights, load_weights, save_weights, weights_content
-from expunge.workspace import DataOptions, Workspace, align, open_workspace
+from expunge.workspace import DataOptions, Workspace, align, open_workspace, refuse_idle_columns
 
 TRAIN_DEFAULT = TrainConfig(epochs=12, lr=0.002, optimizer="adamw", weight_decay=0.05, schedule="one_cycle")
 """One recipe for networks with and without BatchNorm and for transformers; see docs/results.md."""
@@ -85,6 +86,8 @@ class RetainOptions:
             raise InputError(f"expected at least one retained image a class, got {self.per_class}")
         if self.share is not None and not 0 < self.share <= 1:
             raise InputError(f"expected a retain share above 0 and up to 1, got {self.share:g}")
+        if self.drop_forgotten and self.source is None:
+            raise InputError("--drop-forgotten means nothing without --retain: of --data no forgotten class is drawn")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,19 +136,23 @@ def train_command(
     """Train a model and write its weights, with what they are, to `out`; an interrupted run goes on where it was.
 
     Args:
+        out: a name that ends in .safetensors.
         leave_out: classes (name or index) whose images are never read: this makes a retrained reference.
         per_class: so many images of each class, drawn at random with a fixed seed, so that a reference is trained on
             the same ones; None: all.
         augment: mirror and shift images; None: where the data allows it (digits do not).
 
     Raises:
-        InputError: the data, the model or the settings cannot be used.
+        InputError: the data, the model, the settings or the name `out` cannot be used.
     """
     journal = journal or Journal()
+    if out.suffix != ".safetensors":  # by which load_weights knows what it reads
+        raise InputError(f"expected --out to end in .safetensors, the format that is written, got {out}")
     if ranks().first:
         check_writable(out)
     workspace = open_workspace(data, model, None, leave_out=leave_out, seed=seed, device=device)
     never = workspace.left_out
+    refuse_idle_columns(data, workspace.source)
     preprocessing = workspace.preprocessing
     if workspace.source.mirror_safe if augment is None else augment:
         config = replace(config, flip=True, crop=min(preprocessing.size) // 8)
@@ -157,6 +164,8 @@ def train_command(
         staged = stage(table, preprocessing, skip_bad=data.skip_bad, seed=seed, held=data.memory)
         test = stage(held_out, preprocessing, skip_bad=data.skip_bad, shuffle=False, held=data.memory)
         meter.samples = len(staged.dataset) + len(test.dataset)
+    if not len(staged.dataset) or not len(test.dataset):
+        raise InputError(f"expected images that can be decoded in {data.spec!r}, to train and to test on, found none")
     checkpoint = out.with_name(out.name + ".resume")
     phase = "train" + (f" without {', '.join(workspace.class_names[label] for label in never)}" if never else "")
     train(
@@ -214,7 +223,8 @@ def forget_command(
     """Make a trained model forget classes; write the weights, the record, its page and the retain hashes to `out`.
 
     The method is handed the retain sample alone. Held-out images, of forgotten classes too where the data has them,
-    are read only afterwards, to measure. Nothing is written unless everything succeeded.
+    are decoded before, so that one that cannot be is told before the work, and are used only afterwards, to measure.
+    Nothing is written unless everything succeeded.
 
     Args:
         model: the model string; None: as the weights say.
@@ -239,30 +249,31 @@ def forget_command(
         check_writable(out / name)
     signer = keep.signer() if ranks().first else None
     before = weights_digests(weights)
-    done = erase(
+    task = prepare(
         data, model, weights, classes,
         retain=retain, method=method, preset=preset, settings=settings, retrained=retrained, seed=seed, device=device,
         journal=journal,
     )  # fmt: skip
-    workspace, notes = done.workspace, list(done.notes)
+    workspace, notes = task.workspace, list(task.notes)
     names = workspace.class_names
-    # only now, when the method is done, are held-out images decoded, those of forgotten classes among them
-    test = stage(workspace.test, workspace.preprocessing, skip_bad=data.skip_bad, shuffle=False, held=data.memory)
+    with journal.phase("read held-out images", steps=None):
+        test = _held_out(workspace, data)  # those of forgotten classes among them; the method is not handed it
+    done = erase(task, journal=journal)
     record = evaluate(
         workspace.model,
         done.unlearned,
-        replace(done.split, forget=None, test=test.dataset),
-        done.reference.model if done.reference else None,
-        retrained_preprocessing=done.reference.preprocessing if done.reference else None,
+        replace(task.split, forget=None, test=test.dataset),
+        task.reference.model if task.reference else None,
+        retrained_preprocessing=task.reference.preprocessing if task.reference else None,
         method=method,
-        config={"preset": preset, "settings": list(settings)} | as_json(done.config) | _asked_for(keep),
+        config={"preset": preset, "settings": list(settings)} | as_json(task.config) | _asked_for(keep),
         seed=seed,
         phases=done.phases,
         journal=journal,
     )
     pictures: dict[str, Any] | None = {} if keep.include_images else None
     learned = learned_record(journal.learned, workspace.model, done.unlearned, names, workspace.preprocessing, pictures)
-    skipped = done.num_bad + test.num_bad
+    skipped = task.num_bad + test.num_bad
     if skipped:
         notes.append(f"left out {skipped:,} images that cannot be decoded")
     notes += journal.notes
@@ -283,7 +294,7 @@ def forget_command(
     if parent is not None and parent["content_hash"] is None:
         notes.append("the weights say that classes were forgotten before, and the record of that is not beside them")
     content = weights_content(done.unlearned, metadata)
-    files = {UNLEARNED: content, SAMPLE: json_text(done.samples.as_json()).encode()}
+    files = {UNLEARNED: content, SAMPLE: json_text(task.samples.as_json()).encode()}
     record = replace(
         record,
         model=dict(record.model)
@@ -294,8 +305,8 @@ def forget_command(
             "retain_source": retain.source,
             "retain_per_class": retain.per_class,
             "retain_share": retain.share,
-            "retain_samples": done.num_retained,
-            "dropped_forgotten": done.dropped,
+            "retain_samples": task.num_retained,
+            "dropped_forgotten": task.dropped,
             "skipped_bad": skipped,
             "options": _as_given(data),
         },
@@ -308,7 +319,7 @@ def forget_command(
                 "unlearned": {"file": digest(content), "tensors": tensors_digest(done.unlearned.state_dict())},
             }
             | ({"retrained": weights_digests(retrained)} if retrained is not None else {}),
-            "retain_sample": {"fingerprint": done.samples.fingerprint, "count": len(done.samples.hashes)},
+            "retain_sample": {"fingerprint": task.samples.fingerprint, "count": len(task.samples.hashes)},
             "parent": parent,
             "signer": signer,
         },
@@ -320,23 +331,32 @@ UNLEARNED = "unlearned.safetensors"
 
 
 @dataclass(frozen=True)
-class Erasure:
-    """What a method made of a model, and what it was handed; nothing of it is written yet."""
+class Task:
+    """What a method is to be run on, opened and checked."""
 
     workspace: Workspace
-    split: Split
-    unlearned: nn.Module
-    reference: _Sibling | None  # the retrained model
+    method: str
     config: Any
+    seed: int
+    split: Split  # what the method is handed
+    reference: _Sibling | None  # the retrained model
     samples: SampleHashes
-    phases: Sequence[Phase]  # of the method
     num_retained: int
     num_bad: int  # retained images that could not be decoded
     dropped: int  # images of forgotten classes that were left out of the retain source
     notes: tuple[str, ...]
 
 
-def erase(
+@dataclass(frozen=True)
+class Erasure:
+    """What a method made of a model; nothing of it is written yet."""
+
+    task: Task
+    unlearned: nn.Module
+    phases: Sequence[Phase]  # of the method
+
+
+def prepare(
     data: DataOptions,
     model: str | None,
     weights: Path,
@@ -351,14 +371,14 @@ def erase(
     device: str | None,
     salt: str | None = None,
     journal: Journal,
-) -> Erasure:
-    """Run a method as `forget_command` does, and write nothing: what `expunge verify --replay` runs again.
+) -> Task:
+    """Open and check what an erasure needs, before its work: what `expunge verify --replay` runs again too.
 
     Args:
         salt: to hash the retain sample with; None: a new one.
 
     Raises:
-        InputError: something cannot be used; DivergedError where a loss became NaN.
+        InputError: something cannot be used.
     """
     config = override(_preset(method, preset), settings)
     workspace = open_workspace(data, model, weights, leave_out=classes, seed=seed, device=device)
@@ -400,21 +420,43 @@ def erase(
         preprocessing=workspace.preprocessing,
         forgotten_before=before,
     )
-    started = len(journal.phases)
-    unlearned = METHODS[method](workspace.model, split, config, seed=seed, journal=journal)
-    return Erasure(
+    return Task(
         workspace=workspace,
-        split=split,
-        unlearned=unlearned,
-        reference=reference,
+        method=method,
         config=config,
+        seed=seed,
+        split=split,
+        reference=reference,
         samples=samples,
-        phases=journal.phases[started:],
         num_retained=len(sample) - retained.num_bad,
         num_bad=retained.num_bad,
         dropped=dropped,
         notes=tuple(notes),
     )
+
+
+def erase(task: Task, *, journal: Journal) -> Erasure:
+    """Run a method on what was prepared for it, and write nothing.
+
+    Raises:
+        DivergedError: a loss became NaN.
+    """
+    started = len(journal.phases)
+    unlearned = METHODS[task.method](task.workspace.model, task.split, task.config, seed=task.seed, journal=journal)
+    return Erasure(task, unlearned, journal.phases[started:])
+
+
+def _held_out(workspace: Workspace, data: DataOptions) -> Staged:
+    """Stage the test images; of those that are streamed each is decoded once, to find the ones that cannot be.
+
+    Raises:
+        InputError: one cannot be decoded, and bad ones are not to be skipped.
+    """
+    test = stage(workspace.test, workspace.preprocessing, skip_bad=data.skip_bad, shuffle=False, held=data.memory)
+    if isinstance(test.dataset, StreamedImages) and not data.skip_bad:
+        for _ in test.dataset:
+            pass
+    return test
 
 
 def _asked_for(keep: RecordOptions) -> dict[str, Any]:
@@ -580,6 +622,7 @@ def audit_command(
     signer = keep.signer()
     classes = classes or _newly_forgotten(original, unlearned)
     workspace = open_workspace(data, model, original, leave_out=classes, seed=seed, device=device)
+    refuse_idle_columns(data, workspace.source)
     subject = _sibling(workspace, unlearned)
     references = [_retrained(workspace, path) for path in retrained]
     gone, said = _gone_besides(workspace, subject.metadata, [one.metadata for one in references])
@@ -899,11 +942,13 @@ def _retain_table(
     that it has none: one that has is refused, unless told to drop them.
     """
     if retain.source is None:
+        refuse_idle_columns(data, workspace.source)
         return without(workspace.source.train, gone), 0
     source = workspace.source  # whose held-out images are cut off
     if retain.source != data.spec:
         source = open_source(retain.source, label_column=data.label_column, image_column=data.image_column)
         source, _ = align(source, workspace.class_names)
+    refuse_idle_columns(data, workspace.source, source)
     clean = without(source.train, gone)
     dropped = len(source.train) - len(clean)
     if dropped and not retain.drop_forgotten:

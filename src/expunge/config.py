@@ -71,7 +71,12 @@ def _parse(text: str, hint: Any, assignment: str) -> Any:
     if text.lower() == "none" and types.NoneType in kinds:
         return None
     kind = next(kind for kind in kinds if kind is not types.NoneType)
-    if kind is str or typing.get_origin(kind) is typing.Literal:
+    if kind is str:
+        return text
+    if typing.get_origin(kind) is typing.Literal:
+        allowed = typing.get_args(kind)
+        if text not in allowed:
+            raise InputError(f"expected one of {', '.join(allowed)} in {assignment!r}, got {text!r}")
         return text
     if typing.get_origin(kind) is frozenset:
         return frozenset(part for part in text.split(",") if part)

@@ -77,6 +77,7 @@ class Source:
     test: ImageTable | None  # None: the source has no such split, see `with_test_split`
     named: bool = True  # False: the source has numbers for labels and no names
     mirror_safe: bool = True  # a mirrored image keeps its class (not so for digits)
+    has_columns: bool = False  # label and image are columns with names (parquet, tars, the hub)
 
 
 class TensorImages(Dataset[Sample]):
@@ -244,15 +245,18 @@ def open_source(
     Raises:
         InputError: the source is not there, has no labels or images, or its columns are ambiguous.
     """
+    has_columns = False
     if spec == "digits":
         tables, names, named = _open_digits()
     elif spec.startswith("hf:") and "://" not in spec:
         tables, names, named = _open_hub(spec.removeprefix("hf:"), label_column, image_column)
+        has_columns = True
     elif spec.startswith("torchvision:"):
         tables, names, named = _open_torchvision(spec.removeprefix("torchvision:"))
     elif found := _find_shards(spec):
         opener = _open_parquet if found.kind == ".parquet" else _open_tars
         tables, names, named = opener(found, label_column, image_column)
+        has_columns = True
     elif Path(spec).is_dir():
         tables, names, named = _open_folders(Path(spec))
     else:
@@ -269,7 +273,7 @@ def open_source(
             raise InputError(f"expected labels 0 to {len(names) - 1} in {spec!r}, found {low if low < 0 else high}")
     if train is None:
         raise InputError(f"expected a train split in {spec!r}, found {', '.join(tables) or 'none'}")
-    return Source(spec, names, train, test, named=named, mirror_safe=spec != "digits")
+    return Source(spec, names, train, test, named=named, mirror_safe=spec != "digits", has_columns=has_columns)
 
 
 def with_test_split(source: Source) -> tuple[Source, ImageTable]:
@@ -302,6 +306,8 @@ def _open_folders(folder: Path) -> Opened:
         name: folder / key for name, key in _choose_splits([p.name for p in folder.iterdir() if p.is_dir()]).items()
     }
     if "train" not in parts:
+        if _is_split(folder, parts):
+            raise InputError(f"expected a train split in {str(folder)!r}, found only {parts['test'].name}")
         parts = {"train": folder}
     names = tuple(
         sorted({p.name for part in parts.values() for p in part.iterdir() if p.is_dir() and not _hidden(p.name)})
@@ -309,6 +315,12 @@ def _open_folders(folder: Path) -> Opened:
     if not names:
         raise InputError(f"expected one sub-folder of images a class (or parquet files) in {str(folder)!r}, found none")
     return {name: _folder_table(part, names) for name, part in parts.items()}, names, True
+
+
+def _is_split(folder: Path, parts: Mapping[str, Path]) -> bool:
+    """Return whether a folder's one sub-folder is a test split, classes in it, and no class that is called so."""
+    inner = [path for path in folder.iterdir() if path.is_dir() and not _hidden(path.name)]
+    return len(inner) == 1 and inner == list(parts.values()) and any(path.is_dir() for path in inner[0].iterdir())
 
 
 def _folder_table(folder: Path, names: tuple[str, ...]) -> ImageTable:
@@ -740,8 +752,13 @@ def _open_torchvision(name: str) -> Opened:
 # Classes and samples
 
 
-def resolve_classes(asked: Sequence[str | int], class_names: Sequence[str]) -> tuple[int, ...]:
+def resolve_classes(
+    asked: Sequence[str | int], class_names: Sequence[str], *, purpose: str = "forget"
+) -> tuple[int, ...]:
     """Return the sorted labels of classes given by name or by index; a name wins over an index.
+
+    Args:
+        purpose: what is to be done with them, as a message says it.
 
     Raises:
         InputError: a class is unknown or out of range, none is given, or all are.
@@ -763,9 +780,9 @@ def resolve_classes(asked: Sequence[str | int], class_names: Sequence[str]) -> t
             shown = ", ".join(class_names[:12]) + (", ..." if len(class_names) > 12 else "")
             raise InputError(f"unknown class {text!r}: expected one of {shown}{'' if numbered else ' (or an index)'}")
     if not labels:
-        raise InputError("expected at least one class to forget, got none")
+        raise InputError(f"expected at least one class to {purpose}, got none")
     if len(labels) == len(class_names):
-        raise InputError(f"cannot forget all {len(class_names)} classes: at least one must be retained")
+        raise InputError(f"cannot {purpose} all {len(class_names)} classes: at least one must be retained")
     return tuple(sorted(labels))
 
 
@@ -859,7 +876,11 @@ def relabel(table: ImageTable, new_labels: Sequence[int]) -> ImageTable:
 
 
 def native_size(table: ImageTable, sample: int = 64) -> tuple[int, int] | None:
-    """Return the (height, width) that images of the table share, or None where they differ or none can be decoded."""
+    """Return the (height, width) that images of the table share, or None where they differ.
+
+    Raises:
+        InputError: none of those that were tried can be decoded.
+    """
     sizes = set()
     rows = _evenly(table, sample).rows
     for row, payload in zip(rows, table.read(rows), strict=True):
@@ -867,10 +888,18 @@ def native_size(table: ImageTable, sample: int = 64) -> tuple[int, int] | None:
             sizes.add(_open_image(payload, table.name(int(row))).size)
         except InputError:
             continue
+    if not sizes:
+        raise InputError(_none_decoded(table, rows))
     if len(sizes) != 1:
         return None
     width, height = sizes.pop()
     return height, width
+
+
+def _none_decoded(table: ImageTable, rows: Labels) -> str:
+    """Return what to say where no image of `rows`, of those of `table`, can be decoded."""
+    which = f"the {len(rows):,} images" if len(rows) == len(table) else f"{len(rows):,} of {len(table):,} images"
+    return f"could decode none of {which} that were tried, the first being {table.name(int(rows[0]))}"
 
 
 def _evenly(table: ImageTable, most: int) -> ImageTable:
@@ -1014,6 +1043,8 @@ def measure_statistics(table: ImageTable, size: tuple[int, int], channels: int) 
     plain = Preprocessing(size=size, mean=(0.0,) * channels, std=(1.0,) * channels, source="measured")
     sample = _evenly(table, _at_most(2000, HELD_BYTES, plain))
     staged = stage(sample, plain, skip_bad=True).dataset
+    if len(sample) and len(staged) == 0:
+        raise InputError(_none_decoded(table, sample.rows))
     if not isinstance(staged, TensorImages) or len(staged) == 0:
         raise InputError("cannot measure mean and std on these images; give them with --mean and --std")
     counts = torch.stack([torch.bincount(c.flatten().long(), minlength=256) for c in staged.images.unbind(1)]).double()

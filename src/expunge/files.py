@@ -1,7 +1,11 @@
-"""Write a file beside its place and rename it there: a reader sees the old file or the new one, never half of it."""
+"""Write a file beside its place and rename it there: a reader sees the old file or the new one, never half of it.
+
+And what is written, in one form: JSON, and its hash.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -58,6 +62,16 @@ def canonical_json(content: Any) -> str:
     """
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text + "\n"
+
+
+def digest(content: Any) -> str:
+    """Return the SHA-256 of bytes, or of the canonical JSON of anything else."""
+    return hashlib.sha256(content if isinstance(content, bytes) else canonical_json(content).encode()).hexdigest()
+
+
+def content_hash(record: Mapping[str, Any]) -> str:
+    """Return what `content_hash` of a record should be."""
+    return digest({name: part for name, part in record.items() if name != "content_hash"})
 
 
 def json_text(content: Any) -> str:

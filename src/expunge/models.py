@@ -64,7 +64,7 @@ def build_model(spec: ModelSpec, *, num_classes: int, channels: int) -> nn.Modul
         "torchvision": lambda spec, classes, _: _torchvision(spec, classes),
         "timm": lambda spec, classes, _: _timm(spec, classes),
         "hf": lambda spec, classes, _: _transformers(spec, classes),
-        "allcnn": lambda spec, classes, channels: AllCNN(classes, channels, **spec.arguments),
+        "allcnn": _allcnn,
         "file": _from_file,
     }
     try:
@@ -251,6 +251,18 @@ def _transformers(spec: ModelSpec, num_classes: int) -> nn.Module:
     else:
         model = AutoModelForImageClassification.from_config(config)
     return model
+
+
+def _allcnn(spec: ModelSpec, num_classes: int, channels: int) -> nn.Module:
+    known = ("width", "batch_norm", "dropout")
+    for name, value in spec.arguments.items():
+        if name not in known:
+            raise InputError(f"unknown argument {name!r} in {spec.text!r}: expected some of {', '.join(known)}")
+        if name == "width" and (type(value) is not int or value < 1):
+            raise InputError(f"expected width in {spec.text!r} as a whole number above 0, got {value!r}")
+        if name != "width" and value not in (True, False):
+            raise InputError(f"expected {name} in {spec.text!r} as true or false, got {value!r}")
+    return AllCNN(num_classes, channels, **spec.arguments)
 
 
 def _from_file(spec: ModelSpec, num_classes: int, channels: int) -> nn.Module:

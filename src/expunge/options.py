@@ -204,6 +204,12 @@ def listed(text: str | None) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",")) if text is not None else ()
 
 
+def given_of(reading: Reading) -> list[str]:
+    """Return the options that say how the data is read, as far as they were given."""
+    values = {field.name: getattr(reading, field.name) for field in fields(reading)}
+    return ["--" + name.replace("_", "-") for name, value in values.items() if value not in (None, False)]
+
+
 def data_options(data: str, reading: Reading) -> DataOptions:
     from expunge.errors import InputError
     from expunge.workspace import DataOptions

@@ -23,7 +23,7 @@ from torch import Tensor
 from expunge import __version__
 from expunge.data import ImageTable, Staged, StreamedImages, TensorImages
 from expunge.errors import InputError
-from expunge.files import canonical_json
+from expunge.files import canonical_json, content_hash, digest
 from expunge.schema import IMAGES, Preprocessing, Sample
 from expunge.weights import load_weights, untied, weights_file
 
@@ -31,11 +31,6 @@ PACKAGE = Path(__file__).parent
 RECORD, SAMPLE = "record.json", "retain_sample.json"
 UNSEALED = ("provenance", "content_hash")
 """Parts of a record that `provenance.parts` does not hash, since they hold it."""
-
-
-def digest(content: Any) -> str:
-    """Return the SHA-256 of bytes, or of the canonical JSON of anything else."""
-    return hashlib.sha256(content if isinstance(content, bytes) else canonical_json(content).encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:
@@ -228,17 +223,12 @@ def seal(record: Mapping[str, Any]) -> dict[str, Any]:
         "configuration": digest(configuration_of(content)),
         "parts": part_digests(content),
     }
-    return content | {"content_hash": digest(content)}
+    return content | {"content_hash": content_hash(content)}
 
 
 def part_digests(record: Mapping[str, Any]) -> dict[str, str]:
     """Return the SHA-256 of each part of a record, so that an edited one can be named."""
     return {name: digest(part) for name, part in sorted(record.items()) if name not in UNSEALED}
-
-
-def content_hash(record: Mapping[str, Any]) -> str:
-    """Return what `content_hash` of a record should be."""
-    return digest({name: part for name, part in record.items() if name != "content_hash"})
 
 
 def signed_names(record: Mapping[str, Any]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from expunge.errors import InputError
 
@@ -115,6 +115,10 @@ class TrainConfig:
                 raise InputError(f"expected {name} of at least 0, got {getattr(self, name)}")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise InputError(f"expected a positive learning rate, got {self.lr}")
+        if self.clip_value is not None and not self.clip_value > 0:
+            raise InputError(f"expected a clip_value above 0, got {self.clip_value}")
+        if self.mode not in get_args(LayerMode):
+            raise InputError(f"expected mode {', '.join(get_args(LayerMode))}, got {self.mode!r}")
         if self.optimizer not in ("adam", "adamw", "sgd"):
             raise InputError(f"expected optimizer adam, adamw or sgd, got {self.optimizer!r}")
         if self.schedule not in ("constant", "one_cycle"):

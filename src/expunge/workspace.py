@@ -95,7 +95,8 @@ def open_workspace(
     names = data.class_names or metadata.class_names or None
     source = open_source(data.spec, label_column=data.label_column, image_column=data.image_column)
     source, notes = align(source, names)
-    left_out = resolve_classes(leave_out, source.class_names) if leave_out else ()
+    purpose = "forget" if weights is not None else "leave out"
+    left_out = resolve_classes(leave_out, source.class_names, purpose=purpose) if leave_out else ()
     unknown = [name for name in (*metadata.forgotten, *metadata.never_seen) if name not in source.class_names]
     if unknown:
         raise InputError(f"the weights say they forgot {', '.join(unknown)}, which is no class of --class-names")
@@ -127,6 +128,18 @@ def open_workspace(
     return Workspace(
         source, test, spec, network, preprocessing, metadata, left_out, tuple(sorted(before)), tuple(notes)
     )
+
+
+def refuse_idle_columns(data: DataOptions, *sources: Source) -> None:
+    """Refuse column names where no source has columns.
+
+    Raises:
+        InputError: names the option that means nothing.
+    """
+    for option, column in (("--label-column", data.label_column), ("--image-column", data.image_column)):
+        if column is not None and not any(source.has_columns for source in sources):
+            specs = " and ".join(dict.fromkeys(repr(source.spec) for source in sources))
+            raise InputError(f"{option} means nothing to {specs}, which has no columns")
 
 
 def pick_device(device: str | None) -> torch.device:

@@ -144,16 +144,18 @@ def check_statistics(original: Subject, unlearned: Subject, data: AuditData, *, 
     moved = _statistics_moved(unlearned.model, original.model)
     if moved is None:
         return Check(name=name, ok=True, sentence="the unlearned model has no running statistics to compare")
-    told = f"running means moved by {moved:.2f} standard deviations from the original's"
+    shift = f"by {moved:.2f}" if moved >= 0.01 or moved == 0 else "by less than 0.01"
+    moved_by = f"running means moved {shift} standard deviations from the original's"
     drawn = _to_refresh(data, seed) if data.has("retain test") else None
     if drawn is None:
-        return Check(name=name, ok=None, sentence=f"{told}; whether they are stale is open: too few retained images")
+        told = f"too few retained images to measure them anew: whether they are stale is open ({moved_by})"
+        return Check(name=name, ok=None, sentence=told)
     shown, held_out = drawn
     generator = torch.Generator().manual_seed(seed)
     images = retained_sample(shown, len(shown), unlearned.preprocessing, generator, repeat=False).images
     anew = refreshed(unlearned.model, images)
     kept = _won(_hits(unlearned, anew, held_out))
-    told = f"{told}, and measured anew, on retained images alone,"
+    told = f"measured anew on retained images alone ({moved_by}),"
     if not data.has("forget test"):
         return _of_new_statistics(told, kept, None)
     forgotten = data.part("test", forget=True, most=SAMPLES, seed=seed)

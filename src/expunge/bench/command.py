@@ -24,7 +24,7 @@ from expunge.data import open_source, resolve_classes
 from expunge.errors import InputError
 from expunge.files import json_writer, write_atomically
 from expunge.report import bench_html, html_writer, read_record, text_writer
-from expunge.workspace import align
+from expunge.workspace import align, refuse_idle_columns
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,7 @@ def bench_command(
     Raises:
         InputError: there is no such suite, or its data or weights cannot be used.
     """
-    if jobs < 1:
-        raise InputError(f"expected --jobs of at least 1, got {jobs}")
+    check_jobs(jobs)
     cells = plan(suite, request, out).cells
     standing = Standing(cells, out, jobs)
     with show(standing) if show is not None else nullcontext(lambda _: None) as tell:
@@ -120,6 +119,7 @@ def submit_command(
     Raises:
         InputError: as `bench_command`, or submitit is not installed, or there is no such cluster here.
     """
+    check_jobs(jobs)
     cells = plan(suite, request, out).cells
     try:
         submitted = submit_cells(cells, out, jobs=jobs, cluster=cluster, parameters=parameters)
@@ -128,6 +128,16 @@ def submit_command(
         raise InputError("a cluster needs submitit: pip install 'expunge[slurm]'") from error
     except (RuntimeError, FileNotFoundError) as error:  # submitit's, where there is no sbatch
         raise InputError(f"cannot submit to {cluster} here: {error}") from error
+
+
+def check_jobs(jobs: int) -> None:
+    """Refuse a number of processes or jobs that is none.
+
+    Raises:
+        InputError: it is below 1.
+    """
+    if jobs < 1:
+        raise InputError(f"expected --jobs of at least 1, got {jobs}")
 
 
 def write_pages(record: Mapping[str, Any], out: Path, *, stale_only: bool = False) -> None:
@@ -201,6 +211,7 @@ def _check_data(cells: Sequence[Cell]) -> None:
     """Open each data set once and find the classes in it, so that a mistake is told before the work."""
     for options in {str(cell.original.options): cell.original.options for cell in cells}.values():
         source = open_source(options.spec, label_column=options.label_column, image_column=options.image_column)
+        refuse_idle_columns(options, source)
         source, _ = align(source, options.class_names)
         for forget in {cell.forget for cell in cells if cell.original.options == options}:
             resolve_classes(forget, source.class_names)

@@ -32,7 +32,7 @@ class Request:
     """What a suite is asked for; None or empty: as the suite has it."""
 
     data: DataOptions | None = None  # of `slice` and `field`: CIFAR-10; of `paper`: the folder of its data sets
-    classes: tuple[tuple[str, ...], ...] = ()  # sets of classes to forget
+    classes: tuple[tuple[str, ...], ...] = ()  # sets of classes to forget; what is named twice counts once
     methods: tuple[str, ...] = ()
     seeds: int | None = None  # training seeds: 0, 1, ...; of `own`: unlearning seeds
     trials: int | None = None  # of tuning, the default settings being the first; 1: no tuning
@@ -43,6 +43,10 @@ class Request:
     weights: Path | None = None  # of `own`
     epochs: int | None = None  # of the references of `own`; 0: none are trained
     retain_per_class: int | None = None  # of `own` and `analyses`
+
+    def __post_init__(self) -> None:
+        once = dict.fromkeys(tuple(dict.fromkeys(one)) for one in self.classes)
+        object.__setattr__(self, "classes", tuple(once))
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,18 @@ def suite_cells(name: str, request: Request) -> list[Cell]:
             f"prints, with * for any text, as in {cells[0].id.partition('-')[0]}-*"
         )
     return chosen
+
+
+def refuse_idle(name: str, options: Sequence[str]) -> None:
+    """Refuse options of how data is read where none is given.
+
+    Raises:
+        InputError: names the first, unless there is no such suite, or it needs the data.
+    """
+    if not options or name not in SUITES or "data" in SUITES[name].needs:
+        return
+    why = "without --data" if "data" in SUITES[name].takes else f"to the suite {name}"
+    raise InputError(f"{options[0]} means nothing {why}")
 
 
 # The suites

@@ -25,9 +25,10 @@ from expunge.files import canonical_json
 from expunge.report.bench_page import bench_page
 from expunge.report.bench_reading import check_bench, is_bench, read_bench
 from expunge.report.page import card_of, page_of
-from expunge.report.reading import check_record, read_pictures, read_record
+from expunge.report.reading import EDITED, check_record, read_pictures, read_record, was_edited
 
 __all__ = [
+    "EDITED",
     "bench_html",
     "canonical_json",
     "check_bench",
@@ -40,6 +41,7 @@ __all__ = [
     "read_pictures",
     "read_record",
     "text_writer",
+    "was_edited",
 ]
 
 TEMPLATES = Path(__file__).parents[1] / "templates"

@@ -9,7 +9,7 @@ from typing import Any
 from expunge.report import looks, sections
 from expunge.report.bench_page import cell_facts
 from expunge.report.figures import board, listed, seconds, sentence, told
-from expunge.report.reading import LAYERS
+from expunge.report.reading import EDITED, LAYERS, was_edited
 from expunge.report.rerun import rerun
 
 Part = Mapping[str, Any]
@@ -51,12 +51,14 @@ def page_of(record: Part, pictures: Part | None = None) -> dict[str, Any]:
     Args:
         pictures: of samples, to be shown; None: none.
     """
+    edited = was_edited(record)
     record = {**record, "pictures": pictures or {}}
     verdict = record.get("verdict") or {}
     forget = record["classes"]["forget"]
     found = {key: (title, make(record)) for key, (title, make) in SECTIONS.items()}
     caption = "Before, after, and retrained from scratch"
     return {
+        "edited": EDITED if edited else None,
         "audited": bool(verdict),
         "compared": bool(record["metrics"].get("retrained")),
         "title": _title(forget, audited=bool(verdict)),

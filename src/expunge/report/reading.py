@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from expunge.errors import InputError, first_line
+from expunge.files import content_hash
 from expunge.schema import IMAGES, SCHEMA_VERSION
 
 LAYERS = {
@@ -38,6 +39,15 @@ def read_record(folder: Path) -> dict[str, Any]:
     except InputError as error:
         raise InputError(f"{path} is no record that can be read: {error}") from error
     return dict(record)
+
+
+def was_edited(record: Mapping[str, Any]) -> bool:
+    """Return whether a record is another than its own hash says; one without a hash tells nothing."""
+    stated = record.get("content_hash")
+    return stated is not None and stated != content_hash(record)
+
+
+EDITED = "This record was edited after it was written"
 
 
 def read_pictures(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:

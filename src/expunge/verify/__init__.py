@@ -14,10 +14,10 @@ from expunge.provenance import RECORD, signed_names
 from expunge.signing import sign_folder
 from expunge.verify.again import check_measures, replay_erasure
 from expunge.verify.files import check_pictures, check_sample, check_weights, look_up, read_record
-from expunge.verify.finding import Elsewhere, Finding
+from expunge.verify.finding import Elsewhere, Finding, StoppedError
 from expunge.verify.place import check_chain, check_code, check_ledger, check_place, check_signature
 
-__all__ = ["Elsewhere", "Finding", "check_ledger", "sign_record", "verify"]
+__all__ = ["Elsewhere", "Finding", "StoppedError", "check_ledger", "sign_record", "verify"]
 
 
 def verify(
@@ -40,7 +40,7 @@ def verify(
         where: what lies elsewhere than the record says.
 
     Raises:
-        InputError: there is no record, or what was given cannot be used.
+        InputError: there is no record, or what was given cannot be used; a StoppedError where other checks were made.
     """
     where, journal = where or Elsewhere(), journal or Journal()
     record, findings = read_record(folder)
@@ -60,6 +60,8 @@ def verify(
             findings += replay_erasure(folder, record, where, journal)
         if audit:
             findings.append(check_measures(folder, record, where, journal))
+    except InputError as error:
+        raise StoppedError(str(error), findings) from error
     except (KeyError, TypeError, AttributeError) as error:
         # its own hashes are checked before: whoever made this left parts out and hashed it anew
         findings.append(Finding("record", False, f"{RECORD} lacks a part that expunge writes ({first_line(error)})"))

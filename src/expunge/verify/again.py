@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from expunge.audits import AUDITS
-from expunge.commands import RetainOptions, audit_command, erase, measure_again
+from expunge.commands import RetainOptions, audit_command, erase, measure_again, prepare
 from expunge.config import as_json, precision_settings
 from expunge.errors import InputError
 from expunge.evaluation import environment
@@ -29,6 +29,7 @@ from expunge.provenance import (
     read_samples,
     tensors_digest,
 )
+from expunge.verify.files import original_of, retrained_of, unlearned_of
 from expunge.verify.finding import Content, Elsewhere, Finding
 from expunge.weights import load_weights, weights_file
 from expunge.workspace import DataOptions
@@ -52,14 +53,14 @@ def replay_erasure(folder: Path, record: Content, where: Elsewhere, journal: Jou
     provenance, data = record["provenance"], record["data"]
     if provenance["kind"] != "forget":
         raise InputError("an audit erases nothing that could be replayed: expected --audit, to measure again")
-    original = _original(record, where)
+    original = _original(folder, record, where)
     stated = tensors_digest(load_weights(original)[0])
     if stated != provenance["weights"]["original"]["tensors"]:
         yield Finding("replay", False, f"not run: {original} does not hold the original weights")
         return
     salt = read_samples(folder / SAMPLE).salt if (folder / SAMPLE).is_file() else None
     with _same_threads(record):
-        done = erase(
+        task = prepare(
             _data_options(record, where),
             _model(record, where),
             original,
@@ -78,9 +79,10 @@ def replay_erasure(folder: Path, record: Content, where: Elsewhere, journal: Jou
             salt=salt,
             journal=journal,
         )
+        done = erase(task, journal=journal)
         here = environment(done.unlearned)
-    if salt is not None and done.samples.fingerprint != provenance["retain_sample"]["fingerprint"]:
-        yield Finding("replay", False, _sample_differs(read_samples(folder / SAMPLE), done.samples))
+    if salt is not None and task.samples.fingerprint != provenance["retain_sample"]["fingerprint"]:
+        yield Finding("replay", False, _sample_differs(read_samples(folder / SAMPLE), task.samples))
     made = done.unlearned.state_dict()
     if tensors_digest(made) == provenance["weights"]["unlearned"]["tensors"]:
         yield Finding("replay", True, "the erasure gives the same weights again, bit for bit")
@@ -130,8 +132,9 @@ def _sample_differs(then: SampleHashes, now: SampleHashes) -> str:
 
 def check_measures(folder: Path, record: Content, where: Elsewhere, journal: Journal) -> Finding:
     """Measure again and compare every number that was measured."""
-    model, is_audit = record["model"], record["provenance"]["kind"] == "audit"
-    data, spec, original = _data_options(record, where), _model(record, where), _original(record, where)
+    is_audit = record["provenance"]["kind"] == "audit"
+    unlearned, retrained = unlearned_of(folder, record), [path for path, _ in retrained_of(folder, record)]
+    data, spec, original = _data_options(record, where), _model(record, where), _original(folder, record, where)
     device = _device(record, where)
     with _same_threads(record):
         if is_audit:
@@ -139,17 +142,16 @@ def check_measures(folder: Path, record: Content, where: Elsewhere, journal: Jou
                 raise InputError("an audit with --budget large is not measured again: it trains many models for hours")
             with tempfile.TemporaryDirectory() as scratch:
                 again = audit_command(
-                    data, spec, original, Path(model["unlearned"]), Path(scratch),
-                    classes=record["classes"]["forget"], retrained=[Path(path) for path in model["retrained"]],
+                    data, spec, original, unlearned, Path(scratch),
+                    classes=record["classes"]["forget"], retrained=retrained,
                     audits=[name for name in record["audits"] if name in AUDITS],
                     training_data=record["config"]["training_data"], seed=record["seed"], device=device,
                     journal=journal,
                 ).record  # fmt: skip
         else:
             again = measure_again(
-                data, spec, original, folder / "unlearned.safetensors", record["classes"]["forget"],
-                retrained=Path(model["retrained"]) if model["retrained"] else None, seed=record["seed"], device=device,
-                journal=journal,
+                data, spec, original, unlearned, record["classes"]["forget"],
+                retrained=retrained[0] if retrained else None, seed=record["seed"], device=device, journal=journal,
             )  # fmt: skip
     differing = _surroundings(record, again.environment)
     exact = not differing and again.environment["device"] == "cpu"
@@ -205,9 +207,8 @@ class Comparison:
                 self.changed.append(path)
 
 
-def _original(record: Content, where: Elsewhere) -> Path:
-    model = record["model"]
-    path = where.weights or Path(model["original" if record["provenance"]["kind"] == "audit" else "weights"])
+def _original(folder: Path, record: Content, where: Elsewhere) -> Path:
+    path = original_of(folder, record, where)
     try:
         weights_file(path)
     except InputError as error:

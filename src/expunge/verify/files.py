@@ -9,13 +9,11 @@ from typing import Any
 
 from expunge.data import decode
 from expunge.errors import InputError, first_line
-from expunge.files import json_text
+from expunge.files import content_hash, digest, json_text
 from expunge.provenance import (
     RECORD,
     SAMPLE,
     configuration_of,
-    content_hash,
-    digest,
     file_digest,
     part_digests,
     read_samples,
@@ -71,16 +69,50 @@ def short(record: Content) -> str:
 
 
 def _paths(folder: Path, record: Content, where: Elsewhere) -> list[tuple[str, Path, Mapping[str, str]]]:
-    """Return the role of each model, where its weights are said to be, and their hashes."""
-    model, hashes = record["model"], record["provenance"]["weights"]
+    """Return the role of each model, where its weights are, and their hashes."""
+    hashes = record["provenance"]["weights"]
+    stated = retrained_of(folder, record)
+    return [
+        ("unlearned", unlearned_of(folder, record), hashes["unlearned"]),
+        ("original", original_of(folder, record, where), hashes["original"]),
+        *(("retrained", path, one) for path, one in stated),
+    ]
+
+
+def original_of(folder: Path, record: Content, where: Elsewhere) -> Path:
+    """Return where the original weights are."""
+    name = "original" if record["provenance"]["kind"] == "audit" else "weights"
+    return where.weights or _located(folder, record["model"][name], record["provenance"]["weights"]["original"])
+
+
+def unlearned_of(folder: Path, record: Content) -> Path:
+    """Return where the unlearned weights are: those of an erasure beside its record."""
     if record["provenance"]["kind"] == "audit":
-        found = [("unlearned", Path(model["unlearned"]), hashes["unlearned"])]
-        found.append(("original", where.weights or Path(model["original"]), hashes["original"]))
-        pairs = zip(model["retrained"], hashes["retrained"], strict=True)
-        return found + [("retrained", Path(path), one) for path, one in pairs]
-    found = [("unlearned", folder / "unlearned.safetensors", hashes["unlearned"])]
-    found.append(("original", where.weights or Path(model["weights"]), hashes["original"]))
-    return found + ([("retrained", Path(model["retrained"]), hashes["retrained"])] if model.get("retrained") else [])
+        return _located(folder, record["model"]["unlearned"], record["provenance"]["weights"]["unlearned"])
+    return folder / "unlearned.safetensors"
+
+
+def retrained_of(folder: Path, record: Content) -> list[tuple[Path, Mapping[str, str]]]:
+    """Return where the weights of each retrained model are, and their hashes."""
+    paths, hashes = record["model"].get("retrained"), record["provenance"]["weights"].get("retrained")
+    if record["provenance"]["kind"] != "audit":
+        paths, hashes = ([paths], [hashes]) if paths else ([], [])
+    return [(_located(folder, path, one), one) for path, one in zip(paths, hashes, strict=True)]
+
+
+def _located(folder: Path, stated: str, hashes: Mapping[str, str]) -> Path:
+    """Return where weights are: as the record has it; else, where it was moved, by name in its folder or in the one
+    above, if what lies there has their tensors."""
+    path = Path(stated)
+    if path.exists():
+        return path
+    for moved in (folder / path.name, folder.resolve().parent / path.name):
+        try:
+            if tensors_digest(load_weights(moved)[0]) == hashes["tensors"]:
+                return moved
+        except InputError:  # none there, or no weights
+            continue
+    return path
 
 
 def check_weights(folder: Path, record: Content, where: Elsewhere) -> Iterator[Finding]:
@@ -159,8 +191,9 @@ def look_up(folder: Path, record: Content, image: Path) -> Finding:
     samples = read_samples(folder / SAMPLE)
     stated = record["data"]["preprocessing"]
     preprocessing = Preprocessing(size=tuple(stated["size"]), mean=tuple(stated["mean"]), std=tuple(stated["std"]))
-    pixels = decode(image, preprocessing, str(image))
-    assert pixels is not None  # skip_bad is off
+    pixels = decode(image, preprocessing, str(image), skip_bad=True)
+    if pixels is None:
+        raise InputError(f"cannot decode {image}: expected an image, as PNG or JPEG")
     known = set(samples.hashes)
     names = record["classes"]["all"]
     for label, name in enumerate(names):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from expunge.errors import InputError
 
 Content = Mapping[str, Any]
 
@@ -17,6 +19,14 @@ class Finding:
     check: str  # record, configuration, weights, retain sample, images, chain, ledger, signature, code, replay...
     ok: bool | None  # None: could not be checked, or there is nothing to check
     sentence: str
+
+
+class StoppedError(InputError):
+    """A check that was asked for cannot be made; what the checks before it found is kept."""
+
+    def __init__(self, why: str, findings: Sequence[Finding]) -> None:
+        super().__init__(why)
+        self.findings = list(findings)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,14 +7,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from expunge.errors import InputError
+from expunge.files import content_hash
 from expunge.ledger import NAME as LEDGER
 from expunge.ledger import broken_links, missing_after, read_entries
-from expunge.provenance import (
-    RECORD,
-    code_digests,
-    content_hash,
-    signed_names,
-)
+from expunge.provenance import RECORD, code_digests, signed_names
 from expunge.signing import MEANING, SIGNATURE, signature_problems, signed_by
 from expunge.verify.files import short
 from expunge.verify.finding import Content, Elsewhere, Finding
