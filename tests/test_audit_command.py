@@ -170,7 +170,7 @@ def test_ensembles_are_trained_once_and_judged(judged: tuple[Trained, Path], tmp
     def audit() -> Any:
         return audit_command(
             DataOptions(spec="digits"), trained.model, trained.weights, hidden, tmp_path, classes=["3"],
-            audits=["nearest_class_mean"], ensembles=many,
+            audits=["nearest_class_mean"], ensembles=many, overwrite=True,
         ).record  # fmt: skip
 
     record = audit()

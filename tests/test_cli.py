@@ -487,9 +487,67 @@ def test_full_disk_at_the_record_leaves_what_was_there(
         return write
 
     monkeypatch.setattr(commands, "json_writer", fail)
-    refuse("No space left on device", None, *trained.arguments(out, "--quiet"))
+    refuse("No space left on device", None, *trained.arguments(out, "--quiet", "--overwrite"))
     assert [path.name for path in out.iterdir()] == ["unlearned.safetensors"]
     assert (out / "unlearned.safetensors").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    "name", ["record.json", "unlearned.safetensors", "report.html", "retain_sample.json", "images.json", "model.sig"]
+)
+def test_what_an_earlier_run_wrote_is_not_replaced_unasked(
+    tmp_path: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(commands, "open_workspace", lambda *_, **__: pytest.fail("began to work"))
+    (tmp_path / name).write_text("old")
+    told = f"{tmp_path / name} is there already: name another --out, or pass --overwrite to replace it"
+    refuse(told, None, *trained.arguments(tmp_path, "--quiet"))
+    if name not in ("unlearned.safetensors", "retain_sample.json"):  # an audit writes neither
+        words = ["audit", "--original", str(trained.weights), "--unlearned", str(trained.weights), "--data", "digits"]
+        refuse(told, None, *words, "--classes", "3", "--out", str(tmp_path))
+    if name == "unlearned.safetensors":
+        words = ["train", "--data", "digits", "--model", trained.model, "--out", str(tmp_path / name)]
+        refuse(told, None, *words)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "old")]
+
+
+def test_an_erasure_is_replaced_where_that_is_asked_for(tmp_path: Path, trained: Trained) -> None:
+    out = tmp_path / "out"
+    assert invoke(*trained.arguments(out)).exit_code in (0, 1)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    refuse("is there already", None, *trained.arguments(out, classes="5"))
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    assert invoke(*trained.arguments(out, "--overwrite", classes="5")).exit_code in (0, 1)
+    assert record_of(out)["classes"]["forget"] == ["5"]
+
+
+def test_training_replaces_weights_only_where_asked_and_goes_on_where_it_was(
+    tmp_path: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "w.safetensors"
+    words = ["train", "--data", "digits", "--model", trained.model, "--epochs", "1", "--out", str(out), "--quiet"]
+    for more in ((), ("--overwrite",)):  # neither what is begun anew nor what replaces another
+        with monkeypatch.context() as patch:
+            patch.setattr(commands, "predict", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+            assert invoke(*words, *more).exit_code == 130
+        assert out.with_name("w.safetensors.resume").exists()
+        assert invoke(*words, *more).exit_code == 0
+        assert list(tmp_path.iterdir()) == [out]
+        before = out.read_bytes()
+        refuse("is there already", None, *words)
+        assert out.read_bytes() == before
+
+
+def test_a_demo_replaces_nothing_but_a_demo(tmp_path: Path, trained: Trained) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "original.safetensors").write_bytes(trained.weights.read_bytes())
+    refuse("original.safetensors is not of an earlier demo", None, "demo", "--out", str(out))
+    (out / "original.safetensors").unlink()
+    assert invoke(*trained.arguments(out)).exit_code in (0, 1)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    refuse("record.json is not of an earlier demo", None, "demo", "--out", str(out))
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_a_reference_is_never_resumed_from_a_training_that_saw_the_class(

@@ -212,7 +212,7 @@ def test_where_it_is_and_that_it_need_not_be(tmp_path: Path, trained: Trained, m
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["out"]
     assert record_of(tmp_path / "a" / "out")["provenance"]["ledger"] is None
     monkeypatch.setenv("EXPUNGE_LEDGER", str(tmp_path / "mine.sqlite"))
-    assert invoke(*words(trained, tmp_path / "a" / "out")).exit_code in (0, 1)
+    assert invoke(*words(trained, tmp_path / "a" / "out", "--overwrite")).exit_code in (0, 1)
     assert len(read_entries(tmp_path / "mine.sqlite")) == 2
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["out"]
     assert "mine.sqlite" in invoke("log", "--check").stdout

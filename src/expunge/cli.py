@@ -22,6 +22,7 @@ from expunge.options import (
     Device,
     Fsdp,
     Keeping,
+    Overwrite,
     PrecisionText,
     Quiet,
     Reading,
@@ -113,11 +114,13 @@ def train(
     device: Device = None,
     precision: PrecisionText = "auto",
     fsdp: Fsdp = False,
+    overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
     """Train a classifier: an original, or (--without) its retrained reference.
 
-    Interrupted, it goes on after the last finished epoch when the same command is run again.
+    Interrupted, it goes on after the last finished epoch when the same command is run again. Weights that are there
+    already are replaced only with --overwrite.
     """
     ask_for_shards(fsdp)
     with _user_errors("run the same command again to go on after the last finished epoch", together=True):
@@ -144,6 +147,7 @@ def train(
                 augment=augment,
                 seed=seed,
                 device=device,
+                overwrite=overwrite,
                 journal=journal,
             )
         if not quiet and _first() and metadata.training is not None:
@@ -224,6 +228,7 @@ def forget(
     device: Device = None,
     precision: PrecisionText = "auto",
     fsdp: Fsdp = False,
+    overwrite: Overwrite = False,
     as_json: RecordOut = False,
     quiet: Quiet = False,
 ) -> None:
@@ -255,6 +260,7 @@ def forget(
                 seed=seed,
                 device=device,
                 keep=record_options(out, keeping),
+                overwrite=overwrite,
                 journal=journal,
             )
         _finish(outcome, out, quiet, as_json=as_json)
@@ -324,6 +330,7 @@ def audit(
     keeping: Keeping,
     seed: Seed = 0,
     device: Device = None,
+    overwrite: Overwrite = False,
     as_json: RecordOut = False,
     quiet: Quiet = False,
 ) -> None:
@@ -359,6 +366,7 @@ def audit(
                 seed=seed,
                 device=device,
                 keep=record_options(out, keeping),
+                overwrite=overwrite,
                 journal=journal,
             )
         if as_json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -44,6 +45,7 @@ from expunge.models import reinitialized
 from expunge.pictures import learned_record
 from expunge.processes import ranks
 from expunge.provenance import (
+    RECORD,
     SAMPLE,
     SampleHashes,
     code_digests,
@@ -128,6 +130,7 @@ def train_command(
     augment: bool | None = None,
     seed: int = 0,
     device: str | None = None,
+    overwrite: bool = False,
     journal: Journal | None = None,
 ) -> Metadata:
     """Train a model and write its weights, with what they are, to `out`; an interrupted run goes on where it was.
@@ -137,13 +140,14 @@ def train_command(
         per_class: so many images of each class, drawn at random with a fixed seed, so that a reference is trained on
             the same ones; None: all.
         augment: mirror and shift images; None: where the data allows it (digits do not).
+        overwrite: replace weights that are there.
 
     Raises:
-        InputError: the data, the model or the settings cannot be used.
+        InputError: the data, the model or the settings cannot be used, or `out` is there already.
     """
     journal = journal or Journal()
     if ranks().first:
-        check_writable(out)
+        check_place([out], overwrite)
     workspace = open_workspace(data, model, None, leave_out=leave_out, seed=seed, device=device)
     never = workspace.left_out
     preprocessing = workspace.preprocessing
@@ -209,6 +213,7 @@ def forget_command(
     seed: int = 0,
     device: str | None = None,
     keep: RecordOptions | None = None,
+    overwrite: bool = False,
     journal: Journal | None = None,
 ) -> Outcome:
     """Make a trained model forget classes; write the weights, the record, its page and the retain hashes to `out`.
@@ -223,9 +228,11 @@ def forget_command(
         precision: of every training in it, where it is not "auto".
         retrained: weights of the same model trained without the classes, to compare with.
         keep: the ledger to enter the erasure in, the key to sign it with, and whether to keep pictures; None: neither.
+        overwrite: replace what an earlier run wrote to `out`.
 
     Raises:
-        InputError: something cannot be used; DivergedError where a loss became NaN.
+        InputError: something cannot be used, or `out` holds what an earlier run wrote.
+        DivergedError: a loss became NaN.
     """
     journal = journal or Journal()
     retain = retain or RetainOptions()
@@ -235,8 +242,8 @@ def forget_command(
         if not changes:
             raise InputError(f"{method} trains nothing that could be done in {precision}: leave --precision out")
         settings = [*settings, *changes]
-    for name in ("record.json", "report.html", SAMPLE, IMAGES) if ranks().first else ():
-        check_writable(out / name)
+    if ranks().first:
+        check_place([out / name for name in (*OF_RECORD, UNLEARNED, SAMPLE)], overwrite)
     signer = keep.signer() if ranks().first else None
     before = weights_digests(weights)
     done = erase(
@@ -317,6 +324,8 @@ def forget_command(
 
 
 UNLEARNED = "unlearned.safetensors"
+OF_RECORD = (RECORD, "report.html", IMAGES, SIGNATURE)
+"""Names of what is written with a record, or removed since it was of the one before."""
 
 
 @dataclass(frozen=True)
@@ -552,6 +561,7 @@ def audit_command(
     seed: int = 0,
     device: str | None = None,
     keep: RecordOptions | None = None,
+    overwrite: bool = False,
     journal: Journal | None = None,
 ) -> Outcome:
     """Judge an unlearned model, made by anyone with any tool; write `record.json` and its page to the folder `out`.
@@ -567,15 +577,15 @@ def audit_command(
             `out`/ensembles, and an interrupted run goes on with the next model.
         seed: of all randomness.
         keep: the ledger to enter the audit in, the key to sign it with, and whether to keep pictures; None: neither.
+        overwrite: replace the record that an earlier run wrote to `out`.
 
     Raises:
-        InputError: something cannot be used.
+        InputError: something cannot be used, or `out` holds the record of an earlier run.
     """
     journal = journal or Journal()
     keep = keep or RecordOptions()
     chosen = _audits(audits)
-    for name in ("record.json", "report.html", IMAGES):
-        check_writable(out / name)
+    check_place([out / name for name in OF_RECORD], overwrite)
     signer = keep.signer()
     classes = classes or _newly_forgotten(original, unlearned)
     workspace = open_workspace(data, model, original, leave_out=classes, seed=seed, device=device)
@@ -796,16 +806,55 @@ def demo_command(out: Path, *, seed: int = 0, journal: Journal | None = None) ->
     data = DataOptions(spec="digits")
     config = replace(TRAIN_DEFAULT, epochs=DEMO_EPOCHS, batch_size=64)
     original, retrained = out / "original.safetensors", out / "retrained.safetensors"
-    train_command(data, "allcnn", original, config=config, seed=seed, journal=journal)
-    train_command(data, "allcnn", retrained, config=config, leave_out=["3"], seed=seed, journal=journal)
+    _check_demo(out, (original, retrained))
+    shared: dict[str, Any] = {"config": config, "seed": seed, "overwrite": True, "journal": journal}
+    train_command(data, "allcnn", original, **shared)
+    train_command(data, "allcnn", retrained, leave_out=["3"], **shared)
     sample = RetainOptions(per_class=100)
     return forget_command(
         data, None, original, ["3"], out, retain=sample, preset="fast", retrained=retrained, seed=seed, journal=journal,
-        keep=RecordOptions(ledger=out / LEDGER),
+        keep=RecordOptions(ledger=out / LEDGER), overwrite=True,
     )  # fmt: skip
 
 
 DEMO_EPOCHS = 10
+
+
+def _check_demo(out: Path, weights: Sequence[Path]) -> None:
+    """Find out whether an earlier demo wrote what lies in `out`: this one replaces that, and nothing else.
+
+    Raises:
+        InputError: something else lies there.
+    """
+    for path in weights:
+        if path.is_file():
+            said = load_weights(path)[1]
+            if said.model != "allcnn" or (said.training or {}).get("data") != "digits":
+                raise InputError(f"{path} is not of an earlier demo: name another --out")
+    there = next((path for name in (*OF_RECORD, UNLEARNED, SAMPLE) if (path := out / name).exists()), None)
+    if there is None:
+        return
+    try:
+        record = json.loads((out / RECORD).read_text(encoding="utf-8"))
+        made, model = record["provenance"]["kind"], Path(record["model"]["weights"])
+        own = (made, model.name, record["data"]["source"]) == ("forget", weights[0].name, "digits")
+    except (OSError, ValueError, KeyError, TypeError):
+        own = False
+    if not own or (out / SIGNATURE).exists():
+        raise InputError(f"{there} is not of an earlier demo: name another --out")
+
+
+def check_place(paths: Sequence[Path], overwrite: bool) -> None:
+    """Find out before the work whether its results can be written, and whether an earlier run's lie there.
+
+    Raises:
+        InputError: they cannot; or one of `paths` is there, and is not to be overwritten.
+    """
+    for path in paths:
+        check_writable(path)
+    there = next((path for path in paths if path.exists()), None)
+    if there is not None and not overwrite:
+        raise InputError(f"{there} is there already: name another --out, or pass --overwrite to replace it")
 
 
 def check_writable(path: Path) -> None:

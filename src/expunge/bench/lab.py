@@ -87,6 +87,7 @@ class Lab:
                 augment=original.augment,
                 seed=original.seed,
                 device=self.device,
+                overwrite=True,  # by the same weights, where another process was quicker
             )
 
         if not path.exists():
