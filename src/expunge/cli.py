@@ -693,7 +693,9 @@ def log(
     check: Annotated[
         bool,
         typer.Option(
-            "--check", metavar="", help="Find entries that were edited, removed or cut off; leaves with 1 then."
+            "--check",
+            metavar="",
+            help="Find entries that were edited, removed or cut off; leaves with 1 then. Names records that are gone.",
         ),
     ] = False,
     records: Annotated[
@@ -711,14 +713,16 @@ def log(
         from expunge.ledger import read_entries
 
         if check:
-            from expunge.verify import check_ledger
+            from expunge.verify import check_ledger, lost_records
 
-            problems = check_ledger(ledger, tuple(records) if records else (ledger.absolute().parent,))
-            for problem in problems:
-                typer.echo(f"{ledger}: {problem}")
+            places = tuple(records) if records else (ledger.absolute().parent,)
+            problems = check_ledger(ledger, places)
+            if not problems:
+                typer.echo(f"{ledger}: an unbroken chain of {len(read_entries(ledger)) - 1} entries")
+            for line in (*problems, *lost_records(ledger, places)):
+                typer.echo(f"{ledger}: {line}")
             if problems:
                 raise typer.Exit(1)
-            typer.echo(f"{ledger}: an unbroken chain of {len(read_entries(ledger)) - 1} entries")
             return
         if records:
             raise InputError("expected --records with --check")
