@@ -237,6 +237,29 @@ def test_forgetting_goes_on_from_what_was_forgotten(tmp_path: Path, trained: Tra
     assert load_weights(tmp_path / "b" / "unlearned.safetensors")[1].forgotten == ("3", "5")
 
 
+def test_a_class_that_is_not_known_is_not_called_forgotten(tmp_path: Path, trained: Trained) -> None:
+    out = tmp_path / "out"
+    again = ["--weights", str(trained.retrained)]  # trained without the threes, and says so
+    told = "nothing to forget: the weights say that 3 was forgotten before or never seen"
+    refuse(told, out, *trained.arguments(out, *again))
+    refuse(told, out, *trained.arguments(out, *again, classes="3,5"))
+    assert invoke(*trained.arguments(tmp_path / "five", *again, "--quiet", classes="5")).exit_code in (0, 1)
+    told = "nothing to forget: the weights say that 3, 5 were forgotten before or never seen"
+    refuse(
+        told, out, *trained.arguments(out, "--weights", str(tmp_path / "five" / "unlearned.safetensors"), classes="3,5")
+    )
+
+    torch.save(load_weights(trained.retrained)[0], tmp_path / "silent.pt")
+    words = [word for word in trained.arguments(out, "--weights", str(tmp_path / "silent.pt")) if word not in FAST]
+    done = invoke(*words, "--method", "none")
+    assert done.exit_code == 0, done.stderr
+    told = " ".join(done.stdout.split())
+    assert "Forgotten at the output: unknown (0.0%), the original hardly knew it (0.0%)." in told
+    assert "Note: the original hardly knows 3: on held-out images it is not surely above chance (10.0%)" in told
+    assert record_of(out)["checks"]["forgotten"] is None
+    assert "the original hardly knows 3" in record_of(out)["notes"][0]
+
+
 def test_dropping_forgotten_images_is_counted(tmp_path: Path, trained: Trained) -> None:
     retain = str(write_digits(tmp_path / "retain", range(10)))
     out = tmp_path / "out"

@@ -134,6 +134,10 @@ def test_the_first_screen_of_an_erasure_says_what_it_does_not_know() -> None:
     assert "no Gone at the output" in changed
     assert "unknown The rest is intact" in changed
     assert "no Gone by signals" in changed
+    record["checks"]["forgotten"] = None
+    changed = plain(Page(html_report(record)).words)
+    assert "unknown Gone at the output" in changed
+    assert "the original hardly knew them, so that says nothing" in changed
 
 
 def test_every_layer_has_a_title() -> None:

@@ -272,7 +272,7 @@ def forget_command(
     skipped = done.num_bad + test.num_bad
     if skipped:
         notes.append(f"left out {skipped:,} images that cannot be decoded")
-    notes += journal.notes
+    notes += [*record.notes, *journal.notes]
     if ranks().size > 1:
         notes.append(f"done by {ranks().size} processes together")
     metadata = replace(
@@ -372,7 +372,13 @@ def erase(
     config = override(_preset(method, preset), settings)
     workspace = open_workspace(data, model, weights, leave_out=classes, seed=seed, device=device)
     names, forget = workspace.class_names, workspace.left_out
-    before = tuple(label for label in workspace.gone_before if label not in forget)
+    never = [names[label] for label in forget if label in workspace.gone_before]
+    if never:
+        which = "were" if len(never) > 1 else "was"
+        raise InputError(
+            f"nothing to forget: the weights say that {', '.join(never)} {which} forgotten before or never seen"
+        )
+    before = workspace.gone_before
     gone = {*forget, *before}
     notes = list(workspace.notes)
     if before:

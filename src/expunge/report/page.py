@@ -181,6 +181,8 @@ def _gone(record: Part) -> str:
     if share is None:
         return "There are no held-out images of a forgotten class."
     aim = "" if goal is None else f"; the goal is at most {told(goal)}"
+    if (record.get("checks") or {}).get("forgotten") is None:
+        aim += "; the original hardly knew them, so that says nothing"
     return f"{told(share)} of images of the forgotten classes are answered rightly{aim}."
 
 

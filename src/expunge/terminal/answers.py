@@ -166,7 +166,10 @@ def _values(values: Sequence[float | None]) -> list[str]:
 def _sentences(outcome: Outcome) -> Iterator[str]:
     record = outcome.record
     after, before, checks = record.metrics["after"], record.metrics["before"], record.checks
-    if checks["forgotten"] is None:
+    if checks["forgotten"] is None and after["forget_accuracy"] is not None:
+        share, known = percent(after["forget_accuracy"]), percent(before["forget_accuracy"])
+        yield f"Forgotten at the output: unknown ({share}), the original hardly knew it ({known})."
+    elif checks["forgotten"] is None:
         yield "Forgotten at the output: unknown, the data has no held-out image of a forgotten class."
     else:
         goal = percent(checks["goal_forget_accuracy"])
