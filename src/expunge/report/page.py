@@ -113,8 +113,9 @@ def _forgot(record: Part) -> str:
     lines = [f"Method {record['method']}{f', preset {preset}' if preset else ''}{_seed(record)}."]
     if data.get("retain_samples") is not None:
         seen = sum(read.get(name) or 0 for name in record["classes"]["forget"])
+        kept = sum(count or 0 for count in read.values()) - seen
         lines.append(f"It was handed {data['retain_samples']:,} images of classes that stay.")
-        lines.append(f"It read {seen:,} images of those to forget.")
+        lines.append(f"Repeats counted, it read {kept:,} of those and {seen:,} of the classes to forget.")
     return " ".join([*lines, _measured(data)]).strip()
 
 
