@@ -50,6 +50,8 @@ def test_a_hidden_class_is_found_out_and_written_down(judged: tuple[Trained, Pat
     assert record["metrics"]["after"]["zero_retrain_forgetting"]["count"] == 37
     assert 0 < record["metrics"]["after"]["tug_of_war"] <= 1
     assert record["model"]["unlearned"] == str(hidden)
+    assert record["data"]["test_from"] == "cut off"
+    assert not any("has no test split" in note for note in record["notes"])  # expunge trained the original, it says
     for shown in ("Gone at the output: yes", "Gone inside: no", "weights untouched", "linear probe", "Not tested"):
         assert shown in result.stdout
 
@@ -68,7 +70,8 @@ def test_without_training_data_its_attacks_are_skipped_with_the_reason(
     out = tmp_path / "out"
     result = invoke(*words(trained, hidden, out, "--classes", "3", "--audits", SHORT, "--no-training-data"))
     record = record_of(out)
-    assert record["data"]["train_samples"] == 0
+    assert (record["data"]["train_samples"], record["data"]["test_from"]) == (0, "all")
+    assert not any("has no test split" in note for note in record["notes"])
     assert record["data"]["test_samples"] == 1797  # none of them was trained on, says who asks
     for name in SHORT.split(","):
         assert "training images of the forgotten classes" in record["audits"][name]["skipped"]

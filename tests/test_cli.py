@@ -140,6 +140,12 @@ def test_forget(tmp_path: Path, trained: Trained) -> None:
     done = entry(trained.arguments(out, "--retrained", str(trained.retrained)))
     assert done.returncode in (0, 1), done.stderr
     assert "Forgotten at the output" in done.stdout
+    read = record_of(out)["samples_read"]
+    handed, reads = (sum(read[name].values()) for name in ("retain_sample", "method"))
+    assert reads != handed  # each image is read several times
+    told = f"The method was handed {handed:,} retained images. Repeats counted, it read {reads:,} of retained classes"
+    assert f"{told} and 0 of the forgotten ones; measuring read 37 held-out images of those." in done.stdout
+    assert "salted hashes of the images it was handed" in done.stdout
     assert {path.name for path in out.iterdir()} >= {"unlearned.safetensors", "record.json"}
     record = record_of(out)
     assert record["classes"]["forget"] == ["3"]
@@ -257,7 +263,30 @@ def test_a_class_that_is_not_known_is_not_called_forgotten(tmp_path: Path, train
     assert "Forgotten at the output: unknown (0.0%), the original hardly knew it (0.0%)." in told
     assert "Note: the original hardly knows 3: on held-out images it is not surely above chance (10.0%)" in told
     assert record_of(out)["checks"]["forgotten"] is None
-    assert "the original hardly knows 3" in record_of(out)["notes"][0]
+    assert "Repeats counted, it read 0 of retained classes and 0 of the forgotten ones;" in told  # by doing nothing
+    assert any("the original hardly knows 3" in note for note in record_of(out)["notes"])
+
+
+def test_where_held_out_images_come_from_is_said(tmp_path: Path, trained: Trained) -> None:
+    def told(out: Path, *more: str, classes: str = "3", source: str = "digits") -> tuple[str, bool]:
+        words = [word for word in trained.arguments(out, *more, classes=classes, source=source) if word not in FAST]
+        done = invoke(*words, "--method", "none")
+        assert done.exit_code in (0, 1), done.stderr
+        record, note = record_of(out), "the data has no test split: a fifth of each class, always the same, was cut off"
+        assert any(note in one for one in record["notes"]) is (f"Note: {note}" in done.stdout)
+        return record["data"]["test_from"], note in done.stdout
+
+    assert told(tmp_path / "ours") == ("cut off", False)  # trained by expunge on the same, say the weights,
+    unlearned = str(tmp_path / "ours" / "unlearned.safetensors")
+    assert told(tmp_path / "later", "--weights", unlearned, classes="5") == ("cut off", False)  # and what came of them
+    torch.save(load_weights(trained.weights)[0], tmp_path / "silent.pt")
+    assert told(tmp_path / "silent", "--weights", str(tmp_path / "silent.pt")) == ("cut off", True)
+    folder = write_digits(tmp_path / "other", range(10), each=6)
+    assert told(tmp_path / "other-data", source=str(folder)) == ("cut off", True)
+    folder.rename(tmp_path / "train")
+    write_digits(tmp_path / "both" / "test", range(10))
+    (tmp_path / "train").rename(tmp_path / "both" / "train")
+    assert told(tmp_path / "split", source=str(tmp_path / "both")) == ("test split", False)
 
 
 def test_dropping_forgotten_images_is_counted(tmp_path: Path, trained: Trained) -> None:

@@ -181,6 +181,7 @@ def train_command(
         preprocessing=preprocessing,
         never_seen=tuple(workspace.class_names[label] for label in never),
         made_by=f"expunge {__version__} train",
+        trained_on=data.spec,
         training={
             "config": asdict(config),
             "seed": seed,
@@ -285,6 +286,7 @@ def forget_command(
         ),
         made_by=f"expunge {__version__} forget",
         training=None,  # its accuracy was the original's
+        trained_on=workspace.trained_on,
     )
     parent = parent_of(weights, before["tensors"], workspace.metadata.forgotten)
     if parent is not None and parent["content_hash"] is None:
@@ -298,6 +300,7 @@ def forget_command(
         data=dict(record.data)
         | {
             "source": data.spec,
+            "test_from": workspace.test_from,
             "retain_source": retain.source,
             "retain_per_class": retain.per_class,
             "retain_share": retain.share,
@@ -380,7 +383,7 @@ def erase(
         )
     before = workspace.gone_before
     gone = {*forget, *before}
-    notes = list(workspace.notes)
+    notes = [*workspace.notes, *workspace.held_out_notes()]
     if before:
         listed = ", ".join(names[label] for label in before)
         notes.append(f"kept out too, for the weights say they were forgotten or never seen: {listed}")
@@ -597,7 +600,7 @@ def audit_command(
     workspace = open_workspace(data, model, original, leave_out=classes, seed=seed, device=device)
     subject = _sibling(workspace, unlearned)
     references = [_retrained(workspace, path) for path in retrained]
-    notes = list(workspace.notes)
+    notes = [*workspace.notes, *(workspace.held_out_notes() if training_data else ())]
     split, skipped = _audit_split(workspace, data, training_data, journal)
     pictures: dict[str, Any] | None = {} if keep.include_images else None
     if training_data:
@@ -637,6 +640,7 @@ def audit_command(
         data=dict(record.data)
         | {
             "source": data.spec,
+            "test_from": workspace.test_from if training_data else "all",
             "train_samples": len(split.forget) + len(split.retain) if split.forget is not None else 0,  # type: ignore[arg-type]
             "skipped_bad": skipped,
             "options": _as_given(data),
