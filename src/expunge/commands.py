@@ -43,7 +43,7 @@ from expunge.methods import METHODS, PRESETS
 from expunge.metrics import accuracy
 from expunge.models import reinitialized
 from expunge.pictures import learned_record
-from expunge.processes import ranks
+from expunge.processes import agreed, ranks
 from expunge.provenance import (
     RECORD,
     SAMPLE,
@@ -146,8 +146,7 @@ def train_command(
         InputError: the data, the model or the settings cannot be used, or `out` is there already.
     """
     journal = journal or Journal()
-    if ranks().first:
-        check_place([out], overwrite)
+    check_place([out], overwrite)
     workspace = open_workspace(data, model, None, leave_out=leave_out, seed=seed, device=device)
     never = workspace.left_out
     preprocessing = workspace.preprocessing
@@ -243,8 +242,7 @@ def forget_command(
         if not changes:
             raise InputError(f"{method} trains nothing that could be done in {precision}: leave --precision out")
         settings = [*settings, *changes]
-    if ranks().first:
-        check_place([out / name for name in (*OF_RECORD, UNLEARNED, SAMPLE)], overwrite)
+    check_place([out / name for name in (*OF_RECORD, UNLEARNED, SAMPLE)], overwrite)
     signer = keep.signer() if ranks().first else None
     before = weights_digests(weights)
     done = erase(
@@ -857,12 +855,17 @@ def _check_demo(out: Path, weights: Sequence[Path]) -> None:
 def check_place(paths: Sequence[Path], overwrite: bool) -> None:
     """Find out before the work whether its results can be written, and whether an earlier run's lie there.
 
+    Of several processes, the first does, and all go by what it found.
+
     Raises:
         InputError: they cannot; or one of `paths` is there, and is not to be overwritten.
     """
-    for path in paths:
-        check_writable(path)
-    there = next((path for path in paths if path.exists()), None)
+    there = None
+    if ranks().first:
+        for path in paths:
+            check_writable(path)
+        there = next((path for path in paths if path.exists()), None)
+    there = agreed(there)
     if there is not None and not overwrite:
         raise InputError(f"{there} is there already: name another --out, or pass --overwrite to replace it")
 
