@@ -815,9 +815,10 @@ def demo_command(out: Path, *, seed: int = 0, journal: Journal | None = None) ->
     config = replace(TRAIN_DEFAULT, epochs=DEMO_EPOCHS, batch_size=64)
     original, retrained = out / "original.safetensors", out / "retrained.safetensors"
     _check_demo(out, (original, retrained))
-    shared: dict[str, Any] = {"config": config, "seed": seed, "overwrite": True, "journal": journal}
-    train_command(data, "allcnn", original, **shared)
-    train_command(data, "allcnn", retrained, leave_out=["3"], **shared)
+    for path, leave_out in ((original, ()), (retrained, ("3",))):
+        train_command(
+            data, "allcnn", path, config=config, leave_out=leave_out, seed=seed, overwrite=True, journal=journal
+        )
     sample = RetainOptions(per_class=100)
     return forget_command(
         data, None, original, ["3"], out, retain=sample, preset="fast", retrained=retrained, seed=seed, journal=journal,
@@ -837,15 +838,17 @@ def _check_demo(out: Path, weights: Sequence[Path]) -> None:
     for path in weights:
         if path.is_file():
             said = load_weights(path)[1]
-            if said.model != "allcnn" or (said.training or {}).get("data") != "digits":
+            training = said.training or {}
+            epochs = (training.get("config") or {}).get("epochs")
+            if (said.model, training.get("data"), epochs) != ("allcnn", "digits", DEMO_EPOCHS):
                 raise InputError(f"{path} is not of an earlier demo: name another --out")
     there = next((path for name in (*OF_RECORD, UNLEARNED, SAMPLE) if (path := out / name).exists()), None)
     if there is None:
         return
     try:
         record = json.loads((out / RECORD).read_text(encoding="utf-8"))
-        made, model = record["provenance"]["kind"], Path(record["model"]["weights"])
-        own = (made, model.name, record["data"]["source"]) == ("forget", weights[0].name, "digits")
+        made, model, forgot = record["method"], Path(record["model"]["weights"]), record["classes"]["forget"]
+        own = (made, model.name, record["data"]["source"], forgot) == ("unsir", weights[0].name, "digits", ["3"])
     except (OSError, ValueError, KeyError, TypeError):
         own = False
     if not own or (out / SIGNATURE).exists():
