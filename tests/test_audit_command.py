@@ -55,6 +55,8 @@ def test_a_hidden_class_is_found_out_and_written_down(judged: tuple[Trained, Pat
     assert set(read) == {"evaluation", "evaluation_training"}  # no method ran, none was handed a sample
     assert (read["evaluation"]["3"], sum(read["evaluation"].values())) == (37, record["data"]["test_samples"])
     assert sum(read["evaluation_training"].values()) == record["data"]["train_samples"]
+    assert record["data"]["test_from"] == "cut off"
+    assert not any("has no test split" in note for note in record["notes"])  # expunge trained the original, it says
     for shown in ("Gone at the output: yes", "Gone inside: no", "weights untouched", "linear probe", "Not tested"):
         assert shown in result.stdout
 
@@ -90,8 +92,9 @@ def test_without_training_data_its_attacks_are_skipped_with_the_reason(
     out = tmp_path / "out"
     result = invoke(*words(trained, hidden, out, "--classes", "3", "--audits", SHORT, "--no-training-data"))
     record = record_of(out)
-    assert record["data"]["train_samples"] == 0
+    assert (record["data"]["train_samples"], record["data"]["test_from"]) == (0, "all")
     assert not any(record["samples_read"]["evaluation_training"].values())
+    assert not any("has no test split" in note for note in record["notes"])
     assert record["data"]["test_samples"] == 1797  # none of them was trained on, says who asks
     for name in SHORT.split(","):
         assert "training images of the forgotten classes" in record["audits"][name]["skipped"]
@@ -239,7 +242,7 @@ def test_ensembles_are_trained_once_and_judged(judged: tuple[Trained, Path], tmp
     def audit() -> Any:
         return audit_command(
             DataOptions(spec="digits"), trained.model, trained.weights, hidden, tmp_path, classes=["3"],
-            audits=["nearest_class_mean"], ensembles=many,
+            audits=["nearest_class_mean"], ensembles=many, overwrite=True,
         ).record  # fmt: skip
 
     record = audit()

@@ -142,6 +142,12 @@ def test_forget(tmp_path: Path, trained: Trained) -> None:
     done = entry(trained.arguments(out, "--retrained", str(trained.retrained)))
     assert done.returncode in (0, 1), done.stderr
     assert "Forgotten at the output" in done.stdout
+    read = record_of(out)["samples_read"]
+    handed, reads = (sum(read[name].values()) for name in ("retain_sample", "method"))
+    assert reads != handed  # each image is read several times
+    told = f"The method was handed {handed:,} retained images. Repeats counted, it read {reads:,} of retained classes"
+    assert f"{told} and 0 of the forgotten ones; measuring read 37 held-out images of those." in done.stdout
+    assert "salted hashes of the images it was handed" in done.stdout
     assert {path.name for path in out.iterdir()} >= {"unlearned.safetensors", "record.json"}
     record = record_of(out)
     assert record["classes"]["forget"] == ["3"]
@@ -237,6 +243,52 @@ def test_forgetting_goes_on_from_what_was_forgotten(tmp_path: Path, trained: Tra
     assert record["classes"]["forgotten_before"] == ["3"]
     assert (record["samples_read"]["method"]["3"], record["samples_read"]["method"]["5"]) == (0, 0)
     assert load_weights(tmp_path / "b" / "unlearned.safetensors")[1].forgotten == ("3", "5")
+
+
+def test_a_class_that_is_not_known_is_not_called_forgotten(tmp_path: Path, trained: Trained) -> None:
+    out = tmp_path / "out"
+    again = ["--weights", str(trained.retrained)]  # trained without the threes, and says so
+    told = "nothing to forget: the weights say that 3 was forgotten before or never seen"
+    refuse(told, out, *trained.arguments(out, *again))
+    refuse(told, out, *trained.arguments(out, *again, classes="3,5"))
+    assert invoke(*trained.arguments(tmp_path / "five", *again, "--quiet", classes="5")).exit_code in (0, 1)
+    told = "nothing to forget: the weights say that 3, 5 were forgotten before or never seen"
+    refuse(
+        told, out, *trained.arguments(out, "--weights", str(tmp_path / "five" / "unlearned.safetensors"), classes="3,5")
+    )
+
+    torch.save(load_weights(trained.retrained)[0], tmp_path / "silent.pt")
+    words = [word for word in trained.arguments(out, "--weights", str(tmp_path / "silent.pt")) if word not in FAST]
+    done = invoke(*words, "--method", "none")
+    assert done.exit_code == 0, done.stderr
+    told = " ".join(done.stdout.split())
+    assert "Forgotten at the output: unknown (0.0%), the original hardly knew it (0.0%)." in told
+    assert "Note: the original hardly knows 3: on held-out images it is not surely above chance (10.0%)" in told
+    assert record_of(out)["checks"]["forgotten"] is None
+    assert "Repeats counted, it read 0 of retained classes and 0 of the forgotten ones;" in told  # by doing nothing
+    assert any("the original hardly knows 3" in note for note in record_of(out)["notes"])
+
+
+def test_where_held_out_images_come_from_is_said(tmp_path: Path, trained: Trained) -> None:
+    def told(out: Path, *more: str, classes: str = "3", source: str = "digits") -> tuple[str, bool]:
+        words = [word for word in trained.arguments(out, *more, classes=classes, source=source) if word not in FAST]
+        done = invoke(*words, "--method", "none")
+        assert done.exit_code in (0, 1), done.stderr
+        record, note = record_of(out), "the data has no test split: a fifth of each class, always the same, was cut off"
+        assert any(note in one for one in record["notes"]) is (f"Note: {note}" in done.stdout)
+        return record["data"]["test_from"], note in done.stdout
+
+    assert told(tmp_path / "ours") == ("cut off", False)  # trained by expunge on the same, say the weights,
+    unlearned = str(tmp_path / "ours" / "unlearned.safetensors")
+    assert told(tmp_path / "later", "--weights", unlearned, classes="5") == ("cut off", False)  # and what came of them
+    torch.save(load_weights(trained.weights)[0], tmp_path / "silent.pt")
+    assert told(tmp_path / "silent", "--weights", str(tmp_path / "silent.pt")) == ("cut off", True)
+    folder = write_digits(tmp_path / "other", range(10), each=6)
+    assert told(tmp_path / "other-data", source=str(folder)) == ("cut off", True)
+    folder.rename(tmp_path / "train")
+    write_digits(tmp_path / "both" / "test", range(10))
+    (tmp_path / "train").rename(tmp_path / "both" / "train")
+    assert told(tmp_path / "split", source=str(tmp_path / "both")) == ("test split", False)
 
 
 def test_dropping_forgotten_images_is_counted(tmp_path: Path, trained: Trained) -> None:
@@ -539,9 +591,67 @@ def test_full_disk_at_the_record_leaves_what_was_there(
         return write
 
     monkeypatch.setattr(commands, "json_writer", fail)
-    refuse("No space left on device", None, *trained.arguments(out, "--quiet"))
+    refuse("No space left on device", None, *trained.arguments(out, "--quiet", "--overwrite"))
     assert [path.name for path in out.iterdir()] == ["unlearned.safetensors"]
     assert (out / "unlearned.safetensors").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    "name", ["record.json", "unlearned.safetensors", "report.html", "retain_sample.json", "images.json", "model.sig"]
+)
+def test_what_an_earlier_run_wrote_is_not_replaced_unasked(
+    tmp_path: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(commands, "open_workspace", lambda *_, **__: pytest.fail("began to work"))
+    (tmp_path / name).write_text("old")
+    told = f"{tmp_path / name} is there already: name another --out, or pass --overwrite to replace it"
+    refuse(told, None, *trained.arguments(tmp_path, "--quiet"))
+    if name not in ("unlearned.safetensors", "retain_sample.json"):  # an audit writes neither
+        words = ["audit", "--original", str(trained.weights), "--unlearned", str(trained.weights), "--data", "digits"]
+        refuse(told, None, *words, "--classes", "3", "--out", str(tmp_path))
+    if name == "unlearned.safetensors":
+        words = ["train", "--data", "digits", "--model", trained.model, "--out", str(tmp_path / name)]
+        refuse(told, None, *words)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "old")]
+
+
+def test_an_erasure_is_replaced_where_that_is_asked_for(tmp_path: Path, trained: Trained) -> None:
+    out = tmp_path / "out"
+    assert invoke(*trained.arguments(out)).exit_code in (0, 1)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    refuse("is there already", None, *trained.arguments(out, classes="5"))
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    assert invoke(*trained.arguments(out, "--overwrite", classes="5")).exit_code in (0, 1)
+    assert record_of(out)["classes"]["forget"] == ["5"]
+
+
+def test_training_replaces_weights_only_where_asked_and_goes_on_where_it_was(
+    tmp_path: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "w.safetensors"
+    words = ["train", "--data", "digits", "--model", trained.model, "--epochs", "1", "--out", str(out), "--quiet"]
+    for more in ((), ("--overwrite",)):  # neither what is begun anew nor what replaces another
+        with monkeypatch.context() as patch:
+            patch.setattr(commands, "predict", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+            assert invoke(*words, *more).exit_code == 130
+        assert out.with_name("w.safetensors.resume").exists()
+        assert invoke(*words, *more).exit_code == 0
+        assert list(tmp_path.iterdir()) == [out]
+        before = out.read_bytes()
+        refuse("is there already", None, *words)
+        assert out.read_bytes() == before
+
+
+def test_a_demo_replaces_nothing_but_a_demo(tmp_path: Path, trained: Trained) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "original.safetensors").write_bytes(trained.weights.read_bytes())
+    refuse("original.safetensors is not of an earlier demo", None, "demo", "--out", str(out))
+    (out / "original.safetensors").unlink()
+    assert invoke(*trained.arguments(out)).exit_code in (0, 1)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    refuse("record.json is not of an earlier demo", None, "demo", "--out", str(out))
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_a_reference_is_never_resumed_from_a_training_that_saw_the_class(

@@ -123,6 +123,19 @@ def test_the_original_is_not_called_forgotten(tiny: Tiny) -> None:
     assert evaluate(tiny.model, tiny.model, tiny.split).checks["forgotten"] is False
 
 
+def test_what_the_original_hardly_knew_is_not_called_forgotten(tiny: Tiny) -> None:
+    record = evaluate(masked(tiny.model, 3), masked(tiny.model, 3), tiny.split)
+    assert (record.checks["forgotten"], record.checks["kept"]) == (None, True)
+    assert record.notes == (
+        "the original hardly knows 3: on held-out images it is not surely above chance (10.0%), "
+        "so forgetting it cannot be shown",
+    )
+    assert evaluate(masked(tiny.model, 3), tiny.model, tiny.split).checks["forgotten"] is False
+    both = evaluate(masked(tiny.model, 3), masked(tiny.model, 3), replace(tiny.split, forget_classes=(3, 5)))
+    assert "hardly knows 3:" in both.notes[0]
+    assert evaluate(tiny.model, masked(tiny.model, 3), tiny.split).notes == ()
+
+
 def test_forget_training_samples_are_measured_where_given(tiny: Tiny) -> None:
     test = tiny.split.test
     assert isinstance(test, TensorImages)

@@ -207,12 +207,35 @@ def test_each_run_is_entered_beside_its_folder_and_listed(tmp_path: Path, traine
     assert "is not the ledger the record was entered in" in told.stdout
 
 
+def test_entries_whose_record_is_gone_or_another_are_named(tmp_path: Path, trained: Trained) -> None:
+    for name in ("kept", "gone", "again"):
+        assert invoke(*words(trained, tmp_path / name)).exit_code in (0, 1)
+    check = ("log", "--check", "--ledger", str(tmp_path / ledger.NAME))
+    assert "record of entry" not in invoke(*check).stdout
+    entered = [str(entry.content["content_hash"])[:16] for entry in read_entries(tmp_path / ledger.NAME)[1:]]
+    (tmp_path / "gone" / "record.json").unlink()
+    assert invoke(*words(trained, tmp_path / "again", "--overwrite", "--seed", "1")).exit_code in (0, 1)
+    result = invoke(*check)
+    chain, *lost = (line.removeprefix(f"{tmp_path / ledger.NAME}: ") for line in result.stdout.splitlines())
+    assert (result.exit_code, chain) == (0, "an unbroken chain of 4 entries")
+    gone, again = (tmp_path / name / "record.json" for name in ("gone", "again"))
+    assert lost == [
+        f"the record of entry 2 ({entered[1]}) was not found: {gone} is not there any more",
+        f"the record of entry 3 ({entered[2]}) was not found: {again} holds another one by now, or was edited",
+    ]
+    moved = (tmp_path / "kept").rename(tmp_path / "archive")
+    assert len(invoke(*check).stdout.splitlines()) == 3  # found beside the ledger
+    elsewhere = moved.rename(tmp_path.parent / f"{tmp_path.name}-elsewhere")
+    assert "the record of entry 1" in invoke(*check).stdout
+    assert "the record of entry 1" not in invoke(*check, "--records", str(elsewhere)).stdout
+
+
 def test_where_it_is_and_that_it_need_not_be(tmp_path: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     assert invoke(*words(trained, tmp_path / "a" / "out", "--no-ledger")).exit_code in (0, 1)
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["out"]
     assert record_of(tmp_path / "a" / "out")["provenance"]["ledger"] is None
     monkeypatch.setenv("EXPUNGE_LEDGER", str(tmp_path / "mine.sqlite"))
-    assert invoke(*words(trained, tmp_path / "a" / "out")).exit_code in (0, 1)
+    assert invoke(*words(trained, tmp_path / "a" / "out", "--overwrite")).exit_code in (0, 1)
     assert len(read_entries(tmp_path / "mine.sqlite")) == 2
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["out"]
     assert "mine.sqlite" in invoke("log", "--check").stdout

@@ -124,6 +124,24 @@ def test_forget_by_two_processes(case: Case, tmp_path: Path) -> None:
     assert apart.abs().mean() < 2e-3
 
 
+@pytest.mark.slow
+def test_processes_refuse_together_what_is_there_already(tmp_path: Path) -> None:
+    """Both by what the first one found, before either reads the weights, which are not there."""
+    out = tmp_path / "w.safetensors"
+    out.write_text("old")
+    forget = ["forget", "--weights", "none.pt", "--classes", "3", "--out", str(tmp_path / "out")]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "record.json").write_text("old")
+    for words, there in ((["train", "--out", str(out)], out), (forget, tmp_path / "out" / "record.json")):
+        ended = finish(start(["-m", "expunge.cli", *words, "--data", "digits", "--model", "allcnn", "--quiet"], 2))
+        assert sorted(code for code, _, _ in ended) == [2, LOST], ended
+        told = "".join(errors for _, _, errors in ended)
+        assert told.startswith(f"error: {there} is there already"), ended
+        assert told.count("\n") == 1, ended
+        assert there.read_text() == "old"
+    assert {path.name for path in tmp_path.iterdir()} == {"w.safetensors", "out"}
+
+
 def test_one_process_needs_no_other() -> None:
     assert ranks() == Ranks(0, 1)
     assert gathered("x") == ["x"]

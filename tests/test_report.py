@@ -128,13 +128,17 @@ def test_the_first_screen_of_an_erasure_says_what_it_does_not_know() -> None:
     assert "unknown Gone inside" in words
     assert "yes The rest is intact" in words
     assert "Method unsir, preset fast, seed 0. It was handed 900 images of classes that stay" in words
-    assert "It read 0 images of those to forget." in words
+    assert "Repeats counted, it read 6,327 of those and 0 of the classes to forget." in words
     assert f"{record['cost']['steps']} optimizer steps" in words
     record["checks"] |= {"forgotten": False, "kept": None, "signals": False}
     changed = plain(Page(html_report(record)).words)
     assert "no Gone at the output" in changed
     assert "unknown The rest is intact" in changed
     assert "no Gone by signals" in changed
+    record["checks"]["forgotten"] = None
+    changed = plain(Page(html_report(record)).words)
+    assert "unknown Gone at the output" in changed
+    assert "the original hardly knew them, so that says nothing" in changed
 
 
 def test_every_layer_has_a_title() -> None:

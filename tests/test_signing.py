@@ -147,7 +147,10 @@ def test_a_damaged_signature(signed: Path, keys: Path, content: bytes) -> None:
 
 def test_a_new_run_does_not_keep_an_old_signature(signed: Path, trained: Trained) -> None:
     words = trained.arguments(signed, "--quiet", "--no-ledger", "--retain-per-class", "20")
-    assert invoke(*words).exit_code in (0, 1)
+    before = (signed / SIGNATURE).read_bytes()
+    refuse("is there already", None, *words)
+    assert (signed / SIGNATURE).read_bytes() == before
+    assert invoke(*words, "--overwrite").exit_code in (0, 1)
     assert not (signed / SIGNATURE).exists()
 
 

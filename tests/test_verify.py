@@ -331,7 +331,7 @@ def test_the_retain_sample_changed(erased: Erased) -> None:
     content = json.loads(whole)
     content["hashes"] = content["hashes"][1:]
     path.write_text(json.dumps(content))
-    told = f"{SAMPLE} was changed: its hashes are not those of the sample that was read"
+    told = f"{SAMPLE} was changed: its hashes are not those of the sample that was handed over"
     assert erased.wrong(erased.first) == [f"retain sample: {told}"]
     path.write_text(whole + " ")
     assert erased.wrong(erased.first) == [f"retain sample: {SAMPLE} was changed, though its hashes were not"]
@@ -341,7 +341,7 @@ def test_the_retain_sample_changed(erased: Erased) -> None:
     # the data, not the record
     Image.new("L", (8, 8), 77).save(erased.retain / "7" / "7.png")
     lines = erased.wrong(erased.first, replay=True)
-    assert "replay: the retain sample is another than was read: 1 images of 96 gone, 1 new" in lines
+    assert "replay: the retain sample is another than was handed over: 1 images of 96 gone, 1 new" in lines
     assert any("the erasure gives other weights" in line for line in lines)
     path.unlink()  # withheld: nothing is wrong, and less is known
     found = erased.check(erased.first)

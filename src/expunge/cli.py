@@ -22,6 +22,7 @@ from expunge.options import (
     Device,
     Fsdp,
     Keeping,
+    Overwrite,
     PrecisionText,
     Quiet,
     Reading,
@@ -115,11 +116,13 @@ def train(
     device: Device = None,
     precision: PrecisionText = "auto",
     fsdp: Fsdp = False,
+    overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
     """Train a classifier: an original, or (--without) its retrained reference.
 
-    Interrupted, it goes on after the last finished epoch when the same command is run again.
+    Interrupted, it goes on after the last finished epoch when the same command is run again. Weights that are there
+    already are replaced only with --overwrite.
     """
     ask_for_shards(fsdp)
     with _user_errors("run the same command again to go on after the last finished epoch", together=True):
@@ -146,6 +149,7 @@ def train(
                 augment=augment,
                 seed=seed,
                 device=device,
+                overwrite=overwrite,
                 journal=journal,
             )
         if not quiet and _first() and metadata.training is not None:
@@ -228,6 +232,7 @@ def forget(
     device: Device = None,
     precision: PrecisionText = "auto",
     fsdp: Fsdp = False,
+    overwrite: Overwrite = False,
     as_json: RecordOut = False,
     quiet: Quiet = False,
 ) -> None:
@@ -259,6 +264,7 @@ def forget(
                 seed=seed,
                 device=device,
                 keep=record_options(out, keeping),
+                overwrite=overwrite,
                 journal=journal,
             )
         _finish(outcome, out, quiet, as_json=as_json)
@@ -342,6 +348,7 @@ def audit(
     keeping: Keeping,
     seed: Seed = 0,
     device: Device = None,
+    overwrite: Overwrite = False,
     as_json: RecordOut = False,
     quiet: Quiet = False,
 ) -> None:
@@ -384,6 +391,7 @@ def audit(
                 seed=seed,
                 device=device,
                 keep=record_options(out, keeping),
+                overwrite=overwrite,
                 journal=journal,
             )
         if as_json:
@@ -735,7 +743,9 @@ def log(
     check: Annotated[
         bool,
         typer.Option(
-            "--check", metavar="", help="Find entries that were edited, removed or cut off; leaves with 1 then."
+            "--check",
+            metavar="",
+            help="Find entries that were edited, removed or cut off; leaves with 1 then. Names records that are gone.",
         ),
     ] = False,
     records: Annotated[
@@ -753,14 +763,16 @@ def log(
         from expunge.ledger import read_entries
 
         if check:
-            from expunge.verify import check_ledger
+            from expunge.verify import check_ledger, lost_records
 
-            problems = check_ledger(ledger, tuple(records) if records else (ledger.absolute().parent,))
-            for problem in problems:
-                typer.echo(f"{ledger}: {problem}")
+            places = tuple(records) if records else (ledger.absolute().parent,)
+            problems = check_ledger(ledger, places)
+            if not problems:
+                typer.echo(f"{ledger}: an unbroken chain of {len(read_entries(ledger)) - 1} entries")
+            for line in (*problems, *lost_records(ledger, places)):
+                typer.echo(f"{ledger}: {line}")
             if problems:
                 raise typer.Exit(1)
-            typer.echo(f"{ledger}: an unbroken chain of {len(read_entries(ledger)) - 1} entries")
             return
         if records:
             raise InputError("expected --records with --check")

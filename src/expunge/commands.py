@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -44,8 +45,9 @@ from expunge.methods import METHODS, PRESETS
 from expunge.metrics import accuracy
 from expunge.models import reinitialized
 from expunge.pictures import learned_record
-from expunge.processes import ranks
+from expunge.processes import agreed, ranks
 from expunge.provenance import (
+    RECORD,
     SAMPLE,
     SampleHashes,
     code_digests,
@@ -131,6 +133,7 @@ def train_command(
     augment: bool | None = None,
     seed: int = 0,
     device: str | None = None,
+    overwrite: bool = False,
     journal: Journal | None = None,
 ) -> Metadata:
     """Train a model and write its weights, with what they are, to `out`; an interrupted run goes on where it was.
@@ -141,15 +144,15 @@ def train_command(
         per_class: so many images of each class, drawn at random with a fixed seed, so that a reference is trained on
             the same ones; None: all.
         augment: mirror and shift images; None: where the data allows it (digits do not).
+        overwrite: replace weights that are there.
 
     Raises:
-        InputError: the data, the model, the settings or the name `out` cannot be used.
+        InputError: the data, the model, the settings or the name `out` cannot be used, or `out` is there already.
     """
     journal = journal or Journal()
     if out.suffix != ".safetensors":  # by which load_weights knows what it reads
         raise InputError(f"expected --out to end in .safetensors, the format that is written, got {out}")
-    if ranks().first:
-        check_writable(out)
+    check_place([out], overwrite)
     workspace = open_workspace(data, model, None, leave_out=leave_out, seed=seed, device=device)
     never = workspace.left_out
     refuse_idle_columns(data, workspace.source)
@@ -186,6 +189,7 @@ def train_command(
         preprocessing=preprocessing,
         never_seen=tuple(workspace.class_names[label] for label in never),
         made_by=f"expunge {__version__} train",
+        trained_on=data.spec,
         training={
             "config": asdict(config),
             "seed": seed,
@@ -218,6 +222,7 @@ def forget_command(
     seed: int = 0,
     device: str | None = None,
     keep: RecordOptions | None = None,
+    overwrite: bool = False,
     journal: Journal | None = None,
 ) -> Outcome:
     """Make a trained model forget classes; write the weights, the record, its page and the retain hashes to `out`.
@@ -233,9 +238,11 @@ def forget_command(
         precision: of every training in it, where it is not "auto".
         retrained: weights of the same model trained without the classes, to compare with.
         keep: the ledger to enter the erasure in, the key to sign it with, and whether to keep pictures; None: neither.
+        overwrite: replace what an earlier run wrote to `out`.
 
     Raises:
-        InputError: something cannot be used; DivergedError where a loss became NaN.
+        InputError: something cannot be used, or `out` holds what an earlier run wrote.
+        DivergedError: a loss became NaN.
     """
     journal = journal or Journal()
     retain = retain or RetainOptions()
@@ -245,8 +252,7 @@ def forget_command(
         if not changes:
             raise InputError(f"{method} trains nothing that could be done in {precision}: leave --precision out")
         settings = [*settings, *changes]
-    for name in ("record.json", "report.html", SAMPLE, IMAGES) if ranks().first else ():
-        check_writable(out / name)
+    check_place([out / name for name in (*OF_RECORD, UNLEARNED, SAMPLE)], overwrite)
     signer = keep.signer() if ranks().first else None
     before = weights_digests(weights)
     task = prepare(
@@ -276,7 +282,7 @@ def forget_command(
     skipped = task.num_bad + test.num_bad
     if skipped:
         notes.append(f"left out {skipped:,} images that cannot be decoded")
-    notes += journal.notes
+    notes += [*record.notes, *journal.notes]
     if ranks().size > 1:
         notes.append(f"done by {ranks().size} processes together")
     metadata = replace(
@@ -289,6 +295,7 @@ def forget_command(
         ),
         made_by=f"expunge {__version__} forget",
         training=None,  # its accuracy was the original's
+        trained_on=workspace.trained_on,
     )
     parent = parent_of(weights, before["tensors"], workspace.metadata.forgotten)
     if parent is not None and parent["content_hash"] is None:
@@ -302,6 +309,7 @@ def forget_command(
         data=dict(record.data)
         | {
             "source": data.spec,
+            "test_from": workspace.test_from,
             "retain_source": retain.source,
             "retain_per_class": retain.per_class,
             "retain_share": retain.share,
@@ -328,6 +336,8 @@ def forget_command(
 
 
 UNLEARNED = "unlearned.safetensors"
+OF_RECORD = (RECORD, "report.html", IMAGES, SIGNATURE)
+"""Names of what is written with a record, or removed since it was of the one before."""
 
 
 @dataclass(frozen=True)
@@ -383,9 +393,15 @@ def prepare(
     config = override(_preset(method, preset), settings)
     workspace = open_workspace(data, model, weights, leave_out=classes, seed=seed, device=device)
     names, forget = workspace.class_names, workspace.left_out
-    before = tuple(label for label in workspace.gone_before if label not in forget)
+    never = [names[label] for label in forget if label in workspace.gone_before]
+    if never:
+        which = "were" if len(never) > 1 else "was"
+        raise InputError(
+            f"nothing to forget: the weights say that {', '.join(never)} {which} forgotten before or never seen"
+        )
+    before = workspace.gone_before
     gone = {*forget, *before}
-    notes = list(workspace.notes)
+    notes = [*workspace.notes, *workspace.held_out_notes()]
     if before:
         listed = ", ".join(names[label] for label in before)
         notes.append(f"kept out too, for the weights say they were forgotten or never seen: {listed}")
@@ -594,6 +610,7 @@ def audit_command(
     seed: int = 0,
     device: str | None = None,
     keep: RecordOptions | None = None,
+    overwrite: bool = False,
     journal: Journal | None = None,
 ) -> Outcome:
     """Judge an unlearned model, made by anyone with any tool; write `record.json` and its page to the folder `out`.
@@ -610,15 +627,15 @@ def audit_command(
             `out`/ensembles, and an interrupted run goes on with the next model.
         seed: of all randomness.
         keep: the ledger to enter the audit in, the key to sign it with, and whether to keep pictures; None: neither.
+        overwrite: replace the record that an earlier run wrote to `out`.
 
     Raises:
-        InputError: something cannot be used.
+        InputError: something cannot be used, or `out` holds the record of an earlier run.
     """
     journal = journal or Journal()
     keep = keep or RecordOptions()
     chosen = _audits(audits)
-    for name in ("record.json", "report.html", IMAGES):
-        check_writable(out / name)
+    check_place([out / name for name in OF_RECORD], overwrite)
     signer = keep.signer()
     classes = classes or _newly_forgotten(original, unlearned)
     workspace = open_workspace(data, model, original, leave_out=classes, seed=seed, device=device)
@@ -627,7 +644,7 @@ def audit_command(
     references = [_retrained(workspace, path) for path in retrained]
     gone, said = _gone_besides(workspace, subject.metadata, [one.metadata for one in references])
     workspace = replace(workspace, gone_before=gone)
-    notes = [*workspace.notes, *said]
+    notes = [*workspace.notes, *(workspace.held_out_notes() if training_data else ()), *said]
     split, skipped = _audit_split(workspace, data, training_data, journal)
     pictures: dict[str, Any] | None = {} if keep.include_images else None
     if training_data:
@@ -667,6 +684,7 @@ def audit_command(
         data=dict(record.data)
         | {
             "source": data.spec,
+            "test_from": workspace.test_from if training_data else "all",
             "train_samples": len(split.forget) + len(split.retain) if split.forget is not None else 0,  # type: ignore[arg-type]
             "skipped_bad": skipped,
             "options": _as_given(data),
@@ -883,16 +901,63 @@ def demo_command(out: Path, *, seed: int = 0, journal: Journal | None = None) ->
     data = DataOptions(spec="digits")
     config = replace(TRAIN_DEFAULT, epochs=DEMO_EPOCHS, batch_size=64)
     original, retrained = out / "original.safetensors", out / "retrained.safetensors"
-    train_command(data, "allcnn", original, config=config, seed=seed, journal=journal)
-    train_command(data, "allcnn", retrained, config=config, leave_out=["3"], seed=seed, journal=journal)
+    _check_demo(out, (original, retrained))
+    for path, leave_out in ((original, ()), (retrained, ("3",))):
+        train_command(
+            data, "allcnn", path, config=config, leave_out=leave_out, seed=seed, overwrite=True, journal=journal
+        )
     sample = RetainOptions(per_class=100)
     return forget_command(
         data, None, original, ["3"], out, retain=sample, preset="fast", retrained=retrained, seed=seed, journal=journal,
-        keep=RecordOptions(ledger=out / LEDGER),
+        keep=RecordOptions(ledger=out / LEDGER), overwrite=True,
     )  # fmt: skip
 
 
 DEMO_EPOCHS = 10
+
+
+def _check_demo(out: Path, weights: Sequence[Path]) -> None:
+    """Find out whether an earlier demo wrote what lies in `out`: this one replaces that, and nothing else.
+
+    Raises:
+        InputError: something else lies there.
+    """
+    for path in weights:
+        if path.is_file():
+            said = load_weights(path)[1]
+            training = said.training or {}
+            epochs = (training.get("config") or {}).get("epochs")
+            if (said.model, training.get("data"), epochs) != ("allcnn", "digits", DEMO_EPOCHS):
+                raise InputError(f"{path} is not of an earlier demo: name another --out")
+    there = next((path for name in (*OF_RECORD, UNLEARNED, SAMPLE) if (path := out / name).exists()), None)
+    if there is None:
+        return
+    try:
+        record = json.loads((out / RECORD).read_text(encoding="utf-8"))
+        made, model, forgot = record["method"], Path(record["model"]["weights"]), record["classes"]["forget"]
+        own = (made, model.name, record["data"]["source"], forgot) == ("unsir", weights[0].name, "digits", ["3"])
+    except (OSError, ValueError, KeyError, TypeError):
+        own = False
+    if not own or (out / SIGNATURE).exists():
+        raise InputError(f"{there} is not of an earlier demo: name another --out")
+
+
+def check_place(paths: Sequence[Path], overwrite: bool) -> None:
+    """Find out before the work whether its results can be written, and whether an earlier run's lie there.
+
+    Of several processes, the first does, and all go by what it found.
+
+    Raises:
+        InputError: they cannot; or one of `paths` is there, and is not to be overwritten.
+    """
+    there = None
+    if ranks().first:
+        for path in paths:
+            check_writable(path)
+        there = next((path for path in paths if path.exists()), None)
+    there = agreed(there)
+    if there is not None and not overwrite:
+        raise InputError(f"{there} is there already: name another --out, or pass --overwrite to replace it")
 
 
 def check_writable(path: Path) -> None:

@@ -159,6 +159,7 @@ def evaluate(
         audits=found,
         self_checks=tuple(asdict(check) for check in checked),
         verdict=verdict(metrics, found, checked) if audits else None,
+        notes=tuple(hardly_known(metrics["before"], [names[label] for label in split.forget_classes])),
     )
 
 
@@ -309,15 +310,39 @@ GOAL_RETAIN_DROP = 0.03  # highest loss of retained accuracy that counts as kept
 
 
 def check_outcome(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the stated checks and whether they hold: True, False, or None where nothing was given to check with."""
+    """Return the stated checks and whether they hold: True, False, or None where nothing was given to check with.
+
+    What the original did not answer above chance cannot be seen to be forgotten: None too.
+    """
     before, after = metrics["before"], metrics["after"]
     forget, retain, retain_before = after["forget_accuracy"], after["retain_accuracy"], before["retain_accuracy"]
+    reached = None if forget is None else forget <= GOAL_FORGET
+    unknown = _at_chance(before["intervals"]["forget_accuracy"], len(before["per_class_accuracy"]))
     return {
-        "forgotten": None if forget is None else forget <= GOAL_FORGET,
+        "forgotten": None if reached and unknown else reached,
         "kept": None if retain is None or retain_before is None else retain >= retain_before - GOAL_RETAIN_DROP,
         "goal_forget_accuracy": GOAL_FORGET,
         "goal_retain_drop": GOAL_RETAIN_DROP,
     }
+
+
+def _at_chance(bounds: Sequence[float] | None, num_classes: int) -> bool:
+    """Return whether an accuracy with these bounds may be no more than chance."""
+    return bounds is not None and bounds[0] <= 1 / num_classes
+
+
+def hardly_known(before: Mapping[str, Any], forget: Sequence[str]) -> list[str]:
+    """Return a note that names the classes to forget which the original does not answer above chance, if any."""
+    count = len(before["per_class_accuracy"])
+    unknown = [name for name in forget if _at_chance(before["per_class_intervals"][name], count)]
+    if not unknown and _at_chance(before["intervals"]["forget_accuracy"], count):
+        unknown = list(forget)
+    what = "it" if len(unknown) == 1 else "them"
+    told = (
+        f"the original hardly knows {', '.join(unknown)}: on held-out images it is not surely above chance "
+        f"({1 / count:.1%}), so forgetting {what} cannot be shown"
+    )
+    return [told] if unknown else []
 
 
 def cost_of(method: Sequence[Phase], evaluation: Sequence[Phase]) -> dict[str, Any]:

@@ -59,6 +59,9 @@ Fsdp = Annotated[
         help="Of several processes, each holds a share of weights, gradients and optimizer state while training.",
     ),
 ]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", metavar="", help="Replace what lies at --out from an earlier run.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", metavar="", help="Print errors only.")]
 RecordOut = Annotated[bool, typer.Option("--json", metavar="", help="Print the record as JSON, and nothing else.")]
 

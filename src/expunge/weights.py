@@ -35,6 +35,7 @@ class Metadata:
     forgotten: tuple[str, ...] = ()  # classes unlearned so far
     made_by: str | None = None  # program and command
     training: Mapping[str, Any] | None = None  # recipe, seed and accuracy of the training
+    trained_on: str | None = None  # the data that expunge trained on, also where classes were forgotten since
 
 
 def save_weights(model: nn.Module, path: Path, metadata: Metadata) -> None:

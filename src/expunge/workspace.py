@@ -57,6 +57,7 @@ class Workspace:
 
     source: Source
     test: ImageTable
+    test_from: str  # "test split", or "cut off" where the data has none
     spec: ModelSpec
     model: nn.Module
     preprocessing: Preprocessing
@@ -68,6 +69,24 @@ class Workspace:
     @property
     def class_names(self) -> tuple[str, ...]:
         return self.source.class_names
+
+    @property
+    def trained_on(self) -> str | None:
+        """What the weights say that expunge trained them on."""
+        return self.metadata.trained_on or (self.metadata.training or {}).get("data")
+
+    def held_out_notes(self) -> list[str]:
+        """Return a note where nothing shows that the weights were not trained on the images that are held out.
+
+        Training by expunge cuts the same images off, given the same data and classes in the same order.
+        """
+        same = self.trained_on == self.source.spec and self.metadata.class_names == self.class_names
+        if self.test_from == "test split" or same:
+            return []
+        return [
+            "the data has no test split: a fifth of each class, always the same, was cut off; these images are held "
+            "out only if the weights were trained by expunge train on the same data"
+        ]
 
 
 def open_workspace(
@@ -101,6 +120,7 @@ def open_workspace(
     if unknown:
         raise InputError(f"the weights say they forgot {', '.join(unknown)}, which is no class of --class-names")
     before = {source.class_names.index(name) for name in (*metadata.forgotten, *metadata.never_seen)}
+    test_from = "cut off" if source.test is None else "test split"
     source, test = with_test_split(source)
     readable = without(source.train, {*left_out, *before})
     if len(readable) == 0:
@@ -126,7 +146,7 @@ def open_workspace(
     check_model(network, preprocessing, len(source.class_names))
     network = network.to(pick_device(device))
     return Workspace(
-        source, test, spec, network, preprocessing, metadata, left_out, tuple(sorted(before)), tuple(notes)
+        source, test, test_from, spec, network, preprocessing, metadata, left_out, tuple(sorted(before)), tuple(notes)
     )
 
 

@@ -87,6 +87,7 @@ class Lab:
                 augment=original.augment,
                 seed=original.seed,
                 device=self.device,
+                overwrite=True,  # by the same weights, where another process was quicker
             )
 
         if not path.exists():
@@ -209,6 +210,11 @@ class Lab:
         }
         if cell.keep:
             self._keep(cell, workspace, made.model)
+        record = replace(
+            record,
+            data=dict(record.data) | {"test_from": workspace.test_from},
+            notes=(*workspace.held_out_notes(), *record.notes),
+        )
         return as_json(record) | {"bench": bench}  # type: ignore[no-any-return]
 
     def _unlearn(self, cell: Cell, workspace: Workspace, split: Split) -> Made:
@@ -253,6 +259,7 @@ class Lab:
             forgotten=gone,
             made_by=f"expunge {__version__} bench",
             training=None,
+            trained_on=workspace.trained_on,
         )
         save_weights(model, folder_of(cell, self.out) / WEIGHTS, metadata)
 

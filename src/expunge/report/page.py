@@ -116,8 +116,9 @@ def _forgot(record: Part) -> str:
     lines = [f"Method {record['method']}{f', preset {preset}' if preset else ''}{_seed(record)}."]
     if data.get("retain_samples") is not None:
         seen = sum(read.get(name) or 0 for name in record["classes"]["forget"])
+        kept = sum(count or 0 for count in read.values()) - seen
         lines.append(f"It was handed {data['retain_samples']:,} images of classes that stay.")
-        lines.append(f"It read {seen:,} images of those to forget.")
+        lines.append(f"Repeats counted, it read {kept:,} of those and {seen:,} of the classes to forget.")
     return " ".join([*lines, _measured(data)]).strip()
 
 
@@ -184,6 +185,8 @@ def _gone(record: Part) -> str:
     if share is None:
         return "There are no held-out images of a forgotten class."
     aim = "" if goal is None else f"; the goal is at most {told(goal)}"
+    if (record.get("checks") or {}).get("forgotten") is None:
+        aim += "; the original hardly knew them, so that says nothing"
     return f"{told(share)} of images of the forgotten classes are answered rightly{aim}."
 
 

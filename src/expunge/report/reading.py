@@ -200,6 +200,7 @@ RECORD: Form = {
     "model": {"spec": TEXT, "weights": TEXT, "original": TEXT, "unlearned": TEXT, "parameters": NUMBER},
     "data": {
         "source": TEXT,
+        "test_from": TEXT,
         "retain_samples": NUMBER,
         "test_samples": NUMBER,
         "test_forget_samples": NUMBER,

@@ -47,7 +47,7 @@ FILES = {
     "report.html": "the page; expunge report shows it",
     "record.json": "what was done and measured; expunge verify checks it",
     "unlearned.safetensors": "the new weights",
-    "retain_sample.json": "salted hashes of the images it read; keep them private",
+    "retain_sample.json": "salted hashes of the images it was handed; keep them private",
     "images.json": "pictures of samples: may show people",
     "model.sig": "the signature",
     "bench.json": "the whole of it as JSON",
@@ -170,7 +170,10 @@ def _values(values: Sequence[float | None]) -> list[str]:
 def _sentences(outcome: Outcome) -> Iterator[str]:
     record = outcome.record
     after, before, checks = record.metrics["after"], record.metrics["before"], record.checks
-    if checks["forgotten"] is None:
+    if checks["forgotten"] is None and after["forget_accuracy"] is not None:
+        share, known = percent(after["forget_accuracy"]), percent(before["forget_accuracy"])
+        yield f"Forgotten at the output: unknown ({share}), the original hardly knew it ({known})."
+    elif checks["forgotten"] is None:
         yield "Forgotten at the output: unknown, the data has no held-out image of a forgotten class."
     else:
         goal = percent(checks["goal_forget_accuracy"])
@@ -189,9 +192,11 @@ def _sentences(outcome: Outcome) -> Iterator[str]:
         "That takes expunge audit."
     )
     read, names = record.samples_read, record.classes["forget"]
+    forgotten = sum(read["method"][name] for name in names)
+    retained = sum(read["method"].values()) - forgotten
     yield (
-        f"The method read {record.data['retain_samples']:,} retained images and "
-        f"{sum(read['method'][name] for name in names)} of the forgotten classes; "
+        f"The method was handed {sum(read['retain_sample'].values()):,} retained images. Repeats counted, it read "
+        f"{retained:,} of retained classes and {forgotten:,} of the forgotten ones; "
         f"measuring read {sum(read['evaluation'][name] for name in names):,} held-out images of those."
     )
     cost = record.cost

@@ -15,9 +15,9 @@ from expunge.signing import sign_folder
 from expunge.verify.again import check_measures, replay_erasure
 from expunge.verify.files import check_pictures, check_sample, check_weights, look_up, read_record
 from expunge.verify.finding import Elsewhere, Finding, StoppedError
-from expunge.verify.place import check_chain, check_code, check_ledger, check_place, check_signature
+from expunge.verify.place import check_chain, check_code, check_ledger, check_place, check_signature, lost_records
 
-__all__ = ["Elsewhere", "Finding", "StoppedError", "check_ledger", "sign_record", "verify"]
+__all__ = ["Elsewhere", "Finding", "StoppedError", "check_ledger", "lost_records", "sign_record", "verify"]
 
 
 def verify(

@@ -127,7 +127,9 @@ def relative_distance(first: Mapping[str, torch.Tensor], second: Mapping[str, to
 def _sample_differs(then: SampleHashes, now: SampleHashes) -> str:
     before, after = Counter(then.hashes), Counter(now.hashes)
     gone, new = (before - after).total(), (after - before).total()
-    return f"the retain sample is another than was read: {gone:,} images of {len(then.hashes):,} gone, {new:,} new"
+    return (
+        f"the retain sample is another than was handed over: {gone:,} images of {len(then.hashes):,} gone, {new:,} new"
+    )
 
 
 def check_measures(folder: Path, record: Content, where: Elsewhere, journal: Journal) -> Finding:

@@ -159,12 +159,12 @@ def check_sample(folder: Path, record: Content) -> Iterator[Finding]:
         yield Finding("retain sample", False, str(error))
         return
     if found.fingerprint != stated["fingerprint"] or len(found.hashes) != stated["count"]:
-        told = f"{SAMPLE} was changed: its hashes are not those of the sample that was read"
+        told = f"{SAMPLE} was changed: its hashes are not those of the sample that was handed over"
         yield Finding("retain sample", False, told)
     elif file_digest(path) != record["provenance"]["files"][SAMPLE]:
         yield Finding("retain sample", False, f"{SAMPLE} was changed, though its hashes were not")
     else:
-        told = f"{SAMPLE} holds the hashes of the {stated['count']:,} images that were read"
+        told = f"{SAMPLE} holds the hashes of the {stated['count']:,} images that were handed over"
         yield Finding("retain sample", True, told)
 
 

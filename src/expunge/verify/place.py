@@ -141,6 +141,33 @@ def check_ledger(path: Path, places: Sequence[Path]) -> list[str]:
     return found
 
 
+def lost_records(path: Path, places: Sequence[Path]) -> list[str]:
+    """Return a line for each entry of a ledger whose record is no longer where it was written, nor in folders.
+
+    That breaks no chain: a record may have been moved, withheld or replaced by a later run.
+
+    Args:
+        places: folders with records, or with folders of records.
+
+    Raises:
+        InputError: there is no ledger at `path`, or it cannot be read.
+    """
+    known, found = _records(places), []
+    for entry in read_entries(path)[1:]:
+        made, folder = entry.content.get("content_hash"), entry.content.get("record")
+        if (
+            not isinstance(made, str)
+            or not isinstance(folder, str)
+            or made in known
+            or made in _records([Path(folder)])
+        ):
+            continue
+        there = Path(folder) / RECORD
+        why = "holds another one by now, or was edited" if there.is_file() else "is not there any more"
+        found.append(f"the record of entry {entry.number} ({made[:16]}) was not found: {there} {why}")
+    return found
+
+
 def check_signature(folder: Path, record: Content, key: Path | None) -> Iterator[Finding]:
     signer = record["provenance"]["signer"]
     made = signed_by(folder)
