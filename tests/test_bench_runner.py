@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import random
 import signal
@@ -20,6 +21,8 @@ from expunge.bench.lab import Lab
 from expunge.bench.records import read
 from expunge.bench.runner import LEASE_SECONDS, run_cells, submit_cells
 from expunge.bench.tables import Row, tidy_rows
+from expunge.data import StreamedImages
+from expunge.errors import DivergedError
 from expunge.methods import METHODS
 from expunge.schema import TrainConfig
 from expunge.workspace import DataOptions
@@ -179,8 +182,47 @@ def test_a_cell_says_what_was_asked_and_what_it_cost(tmp_path: Path) -> None:
     assert cost["samples_retain"] > 0
     assert cost["samples_forget"] > 0
     assert cost["samples_synthetic"] == 0
-    assert record["bench"]["sizes"] == {"retain": 180, "forget": 40, "test": 100, "classes": 10}
+    assert record["bench"]["sizes"] == {"retain": 180, "forget": 20, "test": 100, "classes": 10}
     assert set(record["bench"]["probes"]) == {"before", "after", "retrained"}
+
+
+def test_streams_are_shuffled_and_every_run_starts_at_their_first_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[list[int]]] = []
+
+    def run(model: nn.Module, split: Any, *_: Any, **__: Any) -> nn.Module:
+        parts = (split.retain, split.forget)
+        assert all(isinstance(part, StreamedImages) for part in parts)
+        seen.append([[label for _, label in part] for part in parts])
+        for part in parts:
+            part.set_epoch(7)
+        return copy.deepcopy(model)
+
+    cell = replace(tiny_cells(tmp_path, methods=("ssd",))[1], reference=False, count_flops=True)
+    original = replace(cell.original, options=DataOptions(spec="digits", memory=1024))
+    cells = [replace(cell, original=original, method=method) for method in ("ssd", "scrub")]
+    for method in ("ssd", "scrub"):
+        monkeypatch.setitem(METHODS, method, replace(METHODS[method], run=run))
+    assert run_cells(cells, tmp_path / "out").failed == ()
+    assert len(seen) == 4
+    assert seen == [seen[0]] * 4
+    for labels in seen[0]:
+        assert labels != sorted(labels)
+
+
+def test_a_training_that_diverged_is_not_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[Path] = []
+
+    def diverge(_options: Any, _model: str, path: Path, **_: Any) -> None:
+        trained.append(path)
+        path.with_name(path.name + ".resume").touch()
+        raise DivergedError("the loss became nan")
+
+    monkeypatch.setattr(lab_module, "train_command", diverge)
+    with pytest.raises(DivergedError):
+        Lab(tmp_path / "out").do(tiny_cells(tmp_path)[0].original)
+    assert len(trained) == 1
 
 
 @pytest.mark.slow
