@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 from conftest import Tiny
 from expunge import cli, commands
-from expunge.bench.cells import classes_name, model_name, slug
+from expunge.bench.cells import Original, classes_name, model_name, slug
 from expunge.bench.command import bench_command, plan
 from expunge.bench.cost import FlopCount, measured, samples_of
 from expunge.bench.standing import Standing
@@ -31,6 +31,7 @@ from expunge.journal import Journal
 from expunge.methods import METHODS
 from expunge.report.rerun import rerun_bench
 from expunge.schema import Phase, Split, TrainConfig
+from expunge.weights import Metadata, save_weights
 from expunge.workspace import DataOptions
 from test_bench_runner import NET, tiny_cells
 
@@ -291,6 +292,42 @@ def test_somebodys_own(tmp_path: Path) -> None:
     assert json.loads(invoke(*words, "--json").stdout)["cells"]["failed"] == 0
     assert {path: path.stat().st_mtime_ns for path in records} == before
     assert json.loads(records[0].read_text())["metrics"]["retrained"]
+
+
+def test_references_of_own_weights_are_trained_as_the_weights_say_they_were(tmp_path: Path) -> None:
+    def original(training: dict[str, Any] | None) -> Original:
+        save_weights(nn.Linear(2, 2), tmp_path / "w.safetensors", Metadata(model="allcnn", training=training))
+        request = Request(
+            data=DataOptions(spec="digits"),
+            weights=tmp_path / "w.safetensors",
+            classes=(("3",),),
+            methods=("fine_tune",),
+            trials=2,
+        )
+        cells = suite_cells("own", request)
+        assert len({one.original for one in cells} | {one.tuning.original for one in cells if one.tuning}) == 1
+        return cells[0].original
+
+    recipe = TrainConfig(epochs=4, flip=False, crop=2)
+    stated = original({"config": asdict(recipe), "seed": 5, "per_class": 40})
+    assert (stated.recipe, stated.augment, stated.seed, stated.per_class) == (recipe, False, 5, 40)
+    older = original({"config": asdict(recipe), "seed": 5})
+    assert (older.recipe, older.augment, older.per_class) == (recipe, False, None)
+    unknown = original(None)
+    assert (unknown.recipe, unknown.augment, unknown.seed) == (commands.TRAIN_DEFAULT, None, 0)
+
+
+def test_weights_say_how_many_images_of_each_class_they_were_trained_on(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(NET)
+    told = commands.train_command(
+        DataOptions(spec="digits"),
+        f"{tmp_path / 'net.py'}:net",
+        tmp_path / "w.safetensors",
+        config=TrainConfig(steps=1),
+        per_class=7,
+    )
+    assert told.training is not None
+    assert (told.training["per_class"], told.training["train_samples"]) == (7, 70)
 
 
 def test_a_failed_cell_leaves_with_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -181,6 +181,7 @@ def train_command(
             "config": asdict(config),
             "seed": seed,
             "data": data.spec,
+            "per_class": per_class,
             "train_samples": len(staged.dataset),
             "skipped_samples": staged.num_bad + test.num_bad,
             "test_accuracy": accuracy(answers.logits, answers.labels),
