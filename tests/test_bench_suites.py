@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.csv
 import pytest
 import torch
 from torch import nn
@@ -34,6 +35,7 @@ from expunge.schema import Phase, Split, TrainConfig
 from expunge.weights import Metadata, save_weights
 from expunge.workspace import DataOptions
 from test_bench_runner import NET, tiny_cells
+from test_cli import write_digits
 
 CIFAR = Request(data=DataOptions(spec="somewhere/cifar10"))
 
@@ -292,6 +294,37 @@ def test_somebodys_own(tmp_path: Path) -> None:
     assert json.loads(invoke(*words, "--json").stdout)["cells"]["failed"] == 0
     assert {path: path.stat().st_mtime_ns for path in records} == before
     assert json.loads(records[0].read_text())["metrics"]["retrained"]
+
+
+def test_somebodys_own_without_images_of_the_classes(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(NET)
+    model, weights, out = f"{tmp_path / 'net.py'}:net", tmp_path / "w.safetensors", tmp_path / "out"
+    commands.train_command(DataOptions(spec="digits"), model, weights, config=TrainConfig(epochs=1, batch_size=64))
+    left = write_digits(tmp_path / "left", [label for label in range(10) if label != 3], each=20)
+    words = [
+        "own",
+        "--data",
+        str(left),
+        "--model",
+        model,
+        "--weights",
+        str(weights),
+        "--classes",
+        "3",
+        "--out",
+        str(out),
+    ]
+    done = invoke(*words, "--methods", "none,fine_tune,ssd", "--seeds", "1", "--epochs", "1")
+    assert done.exit_code == 1, done.output  # of ssd, which reads what is not there
+    assert done.stderr.count("FAILED") == 1
+    assert "ssd reads images of the classes to forget, and the data has none" in done.stderr
+    rows = pyarrow.csv.read_csv(out / "results.csv").to_pylist()
+    assert [row["status"] for row in rows] == ["done", "done", "failed"]
+    assert rows[0]["retain_accuracy"] > 0
+    assert rows[0]["retrained_retain_accuracy"] > 0
+    empty = ("forget_accuracy", "linear_probe", "original_linear_probe", "retrained_linear_probe", "linear_probe_gap")
+    assert all(rows[0][name] is None for name in empty)
+    assert (out / "cells" / rows[0]["id"] / "report.html").exists()
 
 
 def test_references_of_own_weights_are_trained_as_the_weights_say_they_were(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ class Cell:
     retain_per_class: int | None = None  # images of each class, retained or to forget, that are given; None: all
     test_per_class: int | None = None  # held-out images of each class to measure on; None: all
     reference: bool = True  # compare with a retrained model
-    audits: tuple[str, ...] = ()  # of expunge.AUDITS; a probe of the last features is made always
+    audits: tuple[str, ...] = ()  # of expunge.AUDITS; a probe of the last features is made anyway
     count_flops: bool = False  # run the method a second time to count; see cost.py
     after: Cell | None = None  # start from the model that this one made: requests in sequence
     keep: bool = False  # keep the weights that the method made, for the next request

@@ -170,7 +170,8 @@ def write_tables(
         out / "tables.tex": text_writer(latex(summaries, rows)),
     }
     for number, group in enumerate(_first_groups(summaries)):
-        writers[out / "plots" / f"forget_retain_{number}.svg"] = forget_against_retain(group, rows)
+        if any("forget_accuracy" in one.figures for one in group):
+            writers[out / "plots" / f"forget_retain_{number}.svg"] = forget_against_retain(group, rows)
         if any("tug_of_war" in one.figures for one in group):
             writers[out / "plots" / f"cost_quality_{number}.svg"] = cost_against_quality(group)
     found = growths(rows)

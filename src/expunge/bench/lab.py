@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -22,7 +23,7 @@ from expunge.bench.streams import own_streams
 from expunge.bench.tuning import tune
 from expunge.commands import train_command
 from expunge.config import as_json, override
-from expunge.data import ImageTable, draw, stage, without
+from expunge.data import ImageTable, draw, labels_of, stage, without
 from expunge.errors import DivergedError, InputError
 from expunge.evaluation import environment, evaluate
 from expunge.journal import Journal
@@ -274,8 +275,11 @@ class Lab:
 
     def _probes(
         self, cell: Cell, workspace: Workspace, subjects: Mapping[str, Subject], held_out: Dataset[Any]
-    ) -> dict[str, dict[str, float]]:
-        """Return what a linear probe and the nearest class mean find of the classes to forget in the last features."""
+    ) -> dict[str, dict[str, float]] | None:
+        """Return what a linear probe and the nearest class mean find of the classes to forget in the last features.
+
+        None where the data has no training or no held-out image of them, as where they are deleted already.
+        """
         known = self._once(
             "known",
             (cell.original.id, workspace.preprocessing),
@@ -283,6 +287,8 @@ class Lab:
                 draw(_known(workspace, cell.original), per_class=PROBE_IMAGES, seed=1), workspace, cell.original
             ),
         )
+        if not all(np.isin(labels_of(images), workspace.left_out).any() for images in (known, held_out)):
+            return None
 
         def probe(subject: Subject) -> dict[str, float]:
             train, test = subject.features(known), subject.features(held_out)
