@@ -19,7 +19,7 @@ from expunge.bench import lab as lab_module
 from expunge.bench.cells import Cell, Item, Original, Tuning, folder_of, with_needs
 from expunge.bench.lab import Lab
 from expunge.bench.records import read
-from expunge.bench.runner import LEASE_SECONDS, run_cells, submit_cells
+from expunge.bench.runner import LEASE_SECONDS, Work, _do, _leased, run_cells, submit_cells
 from expunge.bench.tables import Row, tidy_rows
 from expunge.data import StreamedImages
 from expunge.errors import DivergedError
@@ -232,6 +232,29 @@ def test_jobs_of_a_cluster(tmp_path: Path) -> None:
     for job in submit_cells(cells, out, jobs=2, cluster="local", parameters={"timeout_min": 5}):
         assert job.result().failed == ()
     assert [row["status"] for row in tidy_rows(cells, out)] == ["done", "done"]
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_who_lost_the_lease_meanwhile_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: bool
+) -> None:
+    original, out = tiny_cells(tmp_path)[0].original, tmp_path / "out"
+    lock = out / "locks" / f"{original.id}.lock"
+
+    def slow(*_: Any) -> dict[str, Any]:
+        held = lock.read_text(encoding="utf-8")
+        lock.unlink()
+        if taken:
+            lock.write_text(held.replace(token, "0" * 32), encoding="utf-8")
+        return {}
+
+    with _leased(original, out) as lease:
+        assert lease is not None
+        token = str(lease.token)
+        monkeypatch.setattr(Lab, "do", slow)
+        _do(original, Work([original], out, {}), Lab(out), lease)
+        assert lease.compromise is None  # its heartbeat did not see it yet
+    assert read(folder_of(original, out)) is None
 
 
 def test_a_lease_outlives_a_slow_step() -> None:

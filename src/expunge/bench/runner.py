@@ -154,9 +154,19 @@ def _do(item: Item, work: Work, lab: Lab, lease: SoftFileLease) -> None:
         "cpu_seconds": time.process_time() - worked,
         "asked": _asked(item),
     }
-    if lease.compromise is not None:  # stopped for too long: somebody else does it now, and this result is not wanted
+    if _lost(lease):  # stopped for too long: somebody else does it now, and this result is not wanted
         return
     write_atomically({folder / "record.json": json_writer(_finite(content) | {"item": about})})
+
+
+def _lost(lease: SoftFileLease) -> bool:
+    """Return whether a lease is another's by now; its heartbeat may be late to tell, the lock file is not."""
+    if lease.compromise is not None or lease.token is None:
+        return True
+    try:
+        return lease.token not in Path(lease.lock_file).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return True
 
 
 class NeedError(RuntimeError):
