@@ -231,6 +231,20 @@ def test_samples_by_kind() -> None:
     assert samples_of(phases, (3,)) == (9, 2, 4)
 
 
+@pytest.mark.parametrize(("name", "steps"), [("ssd", 0), ("fisher", 0), ("neg_grad", 90)])
+def test_steps_are_those_of_an_optimizer(tiny: Tiny, name: str, steps: int) -> None:
+    test = tiny.split.test
+    assert isinstance(test, TensorImages)
+    threes = TensorImages(*(part[test.labels == 3] for part in (test.images, test.labels)))
+    method = METHODS[name]
+    split = method.view(replace(tiny.split, forget=threes))
+    _, journal, cost = measured(
+        lambda journal: method(tiny.model, split, seed=0, journal=journal), tiny.model, (3,), count_flops=False
+    )
+    assert cost.steps == steps
+    assert sum(phase.steps for phase in journal.phases) > 0
+
+
 def test_a_method_that_is_not_deterministic_is_found_out(tiny: Tiny) -> None:
     models = iter([tiny.model, METHODS["random_init"](tiny.model, tiny.split.zero_glance(), seed=0)])
     with pytest.raises(RuntimeError, match="not deterministic"):
