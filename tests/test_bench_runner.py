@@ -18,12 +18,14 @@ from torch import nn
 from expunge.bench import lab as lab_module
 from expunge.bench.cells import Cell, Item, Original, Tuning, folder_of, with_needs
 from expunge.bench.lab import Lab
-from expunge.bench.records import read
+from expunge.bench.records import attempts_of, read
 from expunge.bench.runner import LEASE_SECONDS, Work, _do, _leased, run_cells, submit_cells
+from expunge.bench.stale import stale_items
 from expunge.bench.tables import Row, tidy_rows
 from expunge.data import StreamedImages
 from expunge.errors import DivergedError
-from expunge.methods import METHODS
+from expunge.methods import METHODS, PRESETS
+from expunge.methods.ssd import SsdConfig
 from expunge.schema import TrainConfig
 from expunge.workspace import DataOptions
 
@@ -184,6 +186,36 @@ def test_a_cell_says_what_was_asked_and_what_it_cost(tmp_path: Path) -> None:
     assert cost["samples_synthetic"] == 0
     assert record["bench"]["sizes"] == {"retain": 180, "forget": 20, "test": 100, "classes": 10}
     assert set(record["bench"]["probes"]) == {"before", "after", "retrained"}
+
+
+def test_what_was_done_with_other_values_of_a_preset_is_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    none, ssd = (replace(cell, reference=False) for cell in tiny_cells(tmp_path, methods=("none", "ssd"))[:2])
+    tuning = Tuning(original=ssd.original, forget=("3",), method="ssd", preset="default", trials=2, retain_per_class=20)
+    first = replace(ssd, keep=True)
+    cells = [none, ssd, replace(ssd, tuning=tuning), first, replace(none, forget=("5",), after=first)]
+    items = with_needs(cells)
+    run_cells(cells, out)
+    assert not stale_items(items, out)
+
+    def attempts() -> list[int]:
+        return [attempts_of(read(folder_of(item, out))) for item in items]
+
+    assert attempts() == [1] * len(items)
+    monkeypatch.setitem(PRESETS, "ssd", {"default": lambda: SsdConfig(selection=7.0)})
+    fresh = [not isinstance(item, Original) and item != none for item in items]  # stale, or made of what is
+    assert stale_items(items, out) == {item.id for item, stale in zip(items, fresh, strict=True) if stale}
+
+    run_cells([first], out)  # and then killed: what was made of it is still to be done again
+    assert items[-1].id in stale_items([item for item in items if item.id not in (ssd.id, tuning.id)], out)
+    run_cells(cells, out)
+    assert attempts() == [1 + stale for stale in fresh]
+    assert not stale_items(items, out)
+    record = read(folder_of(ssd, out))
+    assert record is not None
+    assert record["config"]["selection"] == 7.0
 
 
 def test_streams_are_shuffled_and_every_run_starts_at_their_first_epoch(

@@ -97,6 +97,7 @@ def test_an_id_changes_with_what_changes_the_result(tmp_path: Path) -> None:
         replace(cell, seed=1), replace(cell, settings=("a=1",)), replace(cell, retain_per_class=3),
         replace(cell, method="fisher"), replace(cell, forget=("4",)), replace(cell, preset="small"),
         replace(cell, original=replace(cell.original, seed=1)),
+        replace(cell, original=replace(cell.original, options=DataOptions(spec="digits", memory=4096))),
     ]  # fmt: skip
     assert len({one.id for one in [cell, *changed]}) == len(changed) + 1
     recipe = replace(cell.original, recipe=TrainConfig(epochs=9))

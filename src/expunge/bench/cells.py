@@ -37,6 +37,8 @@ class Original:
     @property
     def id(self) -> str:
         options = {name: value for name, value in as_json(self.options).items() if name not in ("spec", "memory")}
+        if self.options.memory is not None:  # what is streamed is shuffled otherwise
+            options["memory"] = self.options.memory
         model = re.sub(r"^.*/(?=[^/]+\.py:)", "", self.model)  # a file's folder is no part of the model
         rest = [as_json(self.recipe), options, model, self.per_class, self.augment, self.digest]
         return f"{slug(self.data)}-{model_name(self.model)}-t{self.seed}-{_hash(rest)}"

@@ -19,6 +19,7 @@ from expunge.audits.core import Subject
 from expunge.bench.cells import Cell, Original, Reference, Tuning, folder_of
 from expunge.bench.cost import measured
 from expunge.bench.records import read
+from expunge.bench.stale import stated_config
 from expunge.bench.streams import own_streams
 from expunge.bench.tuning import tune
 from expunge.commands import train_command
@@ -172,7 +173,12 @@ class Lab:
             trials=tuning.trials,
             seed=tuning.seed,
         )
-        return as_json(found) | {"sizes": sizes, "environment": environment(workspace.model)}  # type: ignore[no-any-return]
+        content: dict[str, Any] = as_json(found)
+        return content | {
+            "config": stated_config(tuning.method, tuning.preset, ()),
+            "sizes": sizes,
+            "environment": environment(workspace.model),
+        }
 
     def _run(self, cell: Cell) -> dict[str, Any]:
         workspace = self._open(cell.after or cell.original, cell.forget)
@@ -238,7 +244,7 @@ class Lab:
             model=unlearned,
             preprocessing=workspace.preprocessing,
             journal=journal,
-            config={"preset": cell.preset, "settings": list(settings)} | as_json(config),
+            config=stated_config(cell.method, cell.preset, settings),
             cost=asdict(cost),
             tuned=tuned,
             reads=tuple(sorted(method.reads)),
