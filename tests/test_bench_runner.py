@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import random
 import signal
@@ -17,10 +18,14 @@ from torch import nn
 from expunge.bench import lab as lab_module
 from expunge.bench.cells import Cell, Item, Original, Tuning, folder_of, with_needs
 from expunge.bench.lab import Lab
-from expunge.bench.records import read
-from expunge.bench.runner import LEASE_SECONDS, run_cells, submit_cells
+from expunge.bench.records import attempts_of, read
+from expunge.bench.runner import LEASE_SECONDS, Work, _do, _leased, run_cells, submit_cells
+from expunge.bench.stale import stale_items
 from expunge.bench.tables import Row, tidy_rows
-from expunge.methods import METHODS
+from expunge.data import StreamedImages
+from expunge.errors import DivergedError
+from expunge.methods import METHODS, PRESETS
+from expunge.methods.ssd import SsdConfig
 from expunge.schema import TrainConfig
 from expunge.workspace import DataOptions
 
@@ -179,8 +184,77 @@ def test_a_cell_says_what_was_asked_and_what_it_cost(tmp_path: Path) -> None:
     assert cost["samples_retain"] > 0
     assert cost["samples_forget"] > 0
     assert cost["samples_synthetic"] == 0
-    assert record["bench"]["sizes"] == {"retain": 180, "forget": 40, "test": 100, "classes": 10}
+    assert record["bench"]["sizes"] == {"retain": 180, "forget": 20, "test": 100, "classes": 10}
     assert set(record["bench"]["probes"]) == {"before", "after", "retrained"}
+
+
+def test_what_was_done_with_other_values_of_a_preset_is_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    none, ssd = (replace(cell, reference=False) for cell in tiny_cells(tmp_path, methods=("none", "ssd"))[:2])
+    tuning = Tuning(original=ssd.original, forget=("3",), method="ssd", preset="default", trials=2, retain_per_class=20)
+    first = replace(ssd, keep=True)
+    cells = [none, ssd, replace(ssd, tuning=tuning), first, replace(none, forget=("5",), after=first)]
+    items = with_needs(cells)
+    run_cells(cells, out)
+    assert not stale_items(items, out)
+
+    def attempts() -> list[int]:
+        return [attempts_of(read(folder_of(item, out))) for item in items]
+
+    assert attempts() == [1] * len(items)
+    monkeypatch.setitem(PRESETS, "ssd", {"default": lambda: SsdConfig(selection=7.0)})
+    fresh = [not isinstance(item, Original) and item != none for item in items]  # stale, or made of what is
+    assert stale_items(items, out) == {item.id for item, stale in zip(items, fresh, strict=True) if stale}
+
+    run_cells([first], out)  # and then killed: what was made of it is still to be done again
+    assert items[-1].id in stale_items([item for item in items if item.id not in (ssd.id, tuning.id)], out)
+    run_cells(cells, out)
+    assert attempts() == [1 + stale for stale in fresh]
+    assert not stale_items(items, out)
+    record = read(folder_of(ssd, out))
+    assert record is not None
+    assert record["config"]["selection"] == 7.0
+
+
+def test_streams_are_shuffled_and_every_run_starts_at_their_first_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[list[int]]] = []
+
+    def run(model: nn.Module, split: Any, *_: Any, **__: Any) -> nn.Module:
+        parts = (split.retain, split.forget)
+        assert all(isinstance(part, StreamedImages) for part in parts)
+        seen.append([[label for _, label in part] for part in parts])
+        for part in parts:
+            part.set_epoch(7)
+        return copy.deepcopy(model)
+
+    cell = replace(tiny_cells(tmp_path, methods=("ssd",))[1], reference=False, count_flops=True)
+    original = replace(cell.original, options=DataOptions(spec="digits", memory=1024))
+    cells = [replace(cell, original=original, method=method) for method in ("ssd", "scrub")]
+    for method in ("ssd", "scrub"):
+        monkeypatch.setitem(METHODS, method, replace(METHODS[method], run=run))
+    assert run_cells(cells, tmp_path / "out").failed == ()
+    assert len(seen) == 4
+    assert seen == [seen[0]] * 4
+    for labels in seen[0]:
+        assert labels != sorted(labels)
+
+
+def test_a_training_that_diverged_is_not_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[Path] = []
+
+    def diverge(_options: Any, _model: str, path: Path, **_: Any) -> None:
+        trained.append(path)
+        path.with_name(path.name + ".resume").touch()
+        raise DivergedError("the loss became nan")
+
+    monkeypatch.setattr(lab_module, "train_command", diverge)
+    with pytest.raises(DivergedError):
+        Lab(tmp_path / "out").do(tiny_cells(tmp_path)[0].original)
+    assert len(trained) == 1
 
 
 @pytest.mark.slow
@@ -190,6 +264,29 @@ def test_jobs_of_a_cluster(tmp_path: Path) -> None:
     for job in submit_cells(cells, out, jobs=2, cluster="local", parameters={"timeout_min": 5}):
         assert job.result().failed == ()
     assert [row["status"] for row in tidy_rows(cells, out)] == ["done", "done"]
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_who_lost_the_lease_meanwhile_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: bool
+) -> None:
+    original, out = tiny_cells(tmp_path)[0].original, tmp_path / "out"
+    lock = out / "locks" / f"{original.id}.lock"
+
+    def slow(*_: Any) -> dict[str, Any]:
+        held = lock.read_text(encoding="utf-8")
+        lock.unlink()
+        if taken:
+            lock.write_text(held.replace(token, "0" * 32), encoding="utf-8")
+        return {}
+
+    with _leased(original, out) as lease:
+        assert lease is not None
+        token = str(lease.token)
+        monkeypatch.setattr(Lab, "do", slow)
+        _do(original, Work([original], out, {}), Lab(out), lease)
+        assert lease.compromise is None  # its heartbeat did not see it yet
+    assert read(folder_of(original, out)) is None
 
 
 def test_a_lease_outlives_a_slow_step() -> None:

@@ -6,10 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.csv
 import pytest
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from typer.testing import CliRunner, Result
 
 from conftest import Tiny
 from expunge import cli, commands
-from expunge.bench.cells import classes_name, model_name, slug
+from expunge.bench.cells import Original, classes_name, model_name, slug
 from expunge.bench.command import bench_command, plan
 from expunge.bench.cost import FlopCount, measured, samples_of
 from expunge.bench.standing import Standing
@@ -31,8 +32,10 @@ from expunge.journal import Journal
 from expunge.methods import METHODS
 from expunge.report.rerun import rerun_bench
 from expunge.schema import Phase, Split, TrainConfig
+from expunge.weights import Metadata, save_weights
 from expunge.workspace import DataOptions
 from test_bench_runner import NET, tiny_cells
+from test_cli import write_digits
 
 CIFAR = Request(data=DataOptions(spec="somewhere/cifar10"))
 
@@ -94,6 +97,7 @@ def test_an_id_changes_with_what_changes_the_result(tmp_path: Path) -> None:
         replace(cell, seed=1), replace(cell, settings=("a=1",)), replace(cell, retain_per_class=3),
         replace(cell, method="fisher"), replace(cell, forget=("4",)), replace(cell, preset="small"),
         replace(cell, original=replace(cell.original, seed=1)),
+        replace(cell, original=replace(cell.original, options=DataOptions(spec="digits", memory=4096))),
     ]  # fmt: skip
     assert len({one.id for one in [cell, *changed]}) == len(changed) + 1
     recipe = replace(cell.original, recipe=TrainConfig(epochs=9))
@@ -234,6 +238,20 @@ def test_samples_by_kind() -> None:
     assert samples_of(phases, (3,)) == (9, 2, 4)
 
 
+@pytest.mark.parametrize(("name", "steps"), [("ssd", 0), ("fisher", 0), ("neg_grad", 90)])
+def test_steps_are_those_of_an_optimizer(tiny: Tiny, name: str, steps: int) -> None:
+    test = tiny.split.test
+    assert isinstance(test, TensorImages)
+    threes = TensorImages(*(part[test.labels == 3] for part in (test.images, test.labels)))
+    method = METHODS[name]
+    split = method.view(replace(tiny.split, forget=threes))
+    _, journal, cost = measured(
+        lambda journal: method(tiny.model, split, seed=0, journal=journal), tiny.model, (3,), count_flops=False
+    )
+    assert cost.steps == steps
+    assert sum(phase.steps for phase in journal.phases) > 0
+
+
 def test_a_method_that_is_not_deterministic_is_found_out(tiny: Tiny) -> None:
     models = iter([tiny.model, METHODS["random_init"](tiny.model, tiny.split.zero_glance(), seed=0)])
     with pytest.raises(RuntimeError, match="not deterministic"):
@@ -297,6 +315,73 @@ def test_somebodys_own(tmp_path: Path) -> None:
     assert json.loads(invoke(*words, "--json").stdout)["cells"]["failed"] == 0
     assert {path: path.stat().st_mtime_ns for path in records} == before
     assert json.loads(records[0].read_text())["metrics"]["retrained"]
+
+
+def test_somebodys_own_without_images_of_the_classes(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(NET)
+    model, weights, out = f"{tmp_path / 'net.py'}:net", tmp_path / "w.safetensors", tmp_path / "out"
+    commands.train_command(DataOptions(spec="digits"), model, weights, config=TrainConfig(epochs=1, batch_size=64))
+    left = write_digits(tmp_path / "left", [label for label in range(10) if label != 3], each=20)
+    words = [
+        "own",
+        "--data",
+        str(left),
+        "--model",
+        model,
+        "--weights",
+        str(weights),
+        "--classes",
+        "3",
+        "--out",
+        str(out),
+    ]
+    done = invoke(*words, "--methods", "none,fine_tune,ssd", "--seeds", "1", "--epochs", "1")
+    assert done.exit_code == 1, done.output  # of ssd, which reads what is not there
+    assert done.stderr.count("FAILED") == 1
+    assert "ssd reads images of the classes to forget, and the data has none" in done.stderr
+    rows = pyarrow.csv.read_csv(out / "results.csv").to_pylist()
+    assert [row["status"] for row in rows] == ["done", "done", "failed"]
+    assert rows[0]["retain_accuracy"] > 0
+    assert rows[0]["retrained_retain_accuracy"] > 0
+    empty = ("forget_accuracy", "linear_probe", "original_linear_probe", "retrained_linear_probe", "linear_probe_gap")
+    assert all(rows[0][name] is None for name in empty)
+    assert (out / "cells" / rows[0]["id"] / "report.html").exists()
+
+
+def test_references_of_own_weights_are_trained_as_the_weights_say_they_were(tmp_path: Path) -> None:
+    def original(training: dict[str, Any] | None) -> Original:
+        save_weights(nn.Linear(2, 2), tmp_path / "w.safetensors", Metadata(model="allcnn", training=training))
+        request = Request(
+            data=DataOptions(spec="digits"),
+            weights=tmp_path / "w.safetensors",
+            classes=(("3",),),
+            methods=("fine_tune",),
+            trials=2,
+        )
+        cells = suite_cells("own", request)
+        assert len({one.original for one in cells} | {one.tuning.original for one in cells if one.tuning}) == 1
+        return cells[0].original
+
+    recipe = TrainConfig(epochs=4, flip=False, crop=2)
+    stated = original({"config": asdict(recipe), "seed": 5, "per_class": 40})
+    assert (stated.recipe, stated.augment, stated.seed, stated.per_class) == (recipe, False, 5, 40)
+    older = original({"config": asdict(recipe), "seed": 5})
+    assert (older.recipe, older.augment, older.per_class) == (recipe, False, None)
+    unknown = original(None)
+    assert (unknown.recipe, unknown.augment, unknown.seed) == (commands.TRAIN_DEFAULT, None, 0)
+
+
+def test_weights_say_how_many_images_of_each_class_they_were_trained_on(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(NET)
+    told = commands.train_command(
+        DataOptions(spec="digits"),
+        f"{tmp_path / 'net.py'}:net",
+        tmp_path / "w.safetensors",
+        config=TrainConfig(steps=1),
+        per_class=7,
+    )
+    assert told.training is not None
+    assert (told.training["per_class"], told.training["train_samples"]) == (7, 70)
 
 
 def test_a_failed_cell_leaves_with_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

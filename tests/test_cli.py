@@ -291,6 +291,15 @@ def test_where_held_out_images_come_from_is_said(tmp_path: Path, trained: Traine
     assert told(tmp_path / "split", source=str(tmp_path / "both")) == ("test split", False)
 
 
+@pytest.mark.parametrize(("option", "drawn"), [(("--retain-per-class", "20"), 20), (("--retain-share", ".1"), 15)])
+def test_forget_samples_are_drawn_as_retained_ones_are(
+    tmp_path: Path, trained: Trained, option: tuple[str, str], drawn: int
+) -> None:
+    words = [word for word in trained.arguments(tmp_path / "out", *option) if word not in FAST]
+    assert invoke(*words, "--method", "delete").exit_code in (0, 1)
+    assert record_of(tmp_path / "out")["samples_read"]["method"]["3"] == 20 * drawn  # so many passes
+
+
 def test_dropping_forgotten_images_is_counted(tmp_path: Path, trained: Trained) -> None:
     retain = str(write_digits(tmp_path / "retain", range(10)))
     out = tmp_path / "out"

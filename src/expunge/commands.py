@@ -194,6 +194,7 @@ def train_command(
             "config": asdict(config),
             "seed": seed,
             "data": data.spec,
+            "per_class": per_class,
             "train_samples": len(staged.dataset),
             "skipped_samples": staged.num_bad + test.num_bad,
             "test_accuracy": accuracy(answers.logits, answers.labels),
@@ -431,7 +432,7 @@ def prepare(
     split = Split(
         forget_classes=forget,
         retain=retained.dataset,
-        forget=_forget_samples(workspace, data, method, seed),
+        forget=_forget_samples(workspace, data, retain, method, seed),
         class_names=names,
         preprocessing=workspace.preprocessing,
         forgotten_before=before,
@@ -976,8 +977,12 @@ def check_writable(path: Path) -> None:
         raise InputError(f"cannot write to {path.parent}: {error.strerror or error}") from error
 
 
-def _forget_samples(workspace: Workspace, data: DataOptions, method: str, seed: int) -> Any:
-    """Return the training images of the classes to forget, for a method that reads them; None for a zero-glance one."""
+def _forget_samples(workspace: Workspace, data: DataOptions, retain: RetainOptions, method: str, seed: int) -> Any:
+    """Return training images of the classes to forget, for a method that reads them; None for a zero-glance one.
+
+    They are drawn as retained ones are, so many of each class or such a share: a method that reads both expects them in
+    the shares that the training set had.
+    """
     if METHODS[method].zero_glance:
         return None
     others = set(range(len(workspace.class_names))) - set(workspace.left_out)
@@ -986,7 +991,8 @@ def _forget_samples(workspace: Workspace, data: DataOptions, method: str, seed: 
         raise InputError(
             f"the method {method} reads images of the classes to forget, and the data has none to train on"
         )
-    return stage(table, workspace.preprocessing, skip_bad=data.skip_bad, seed=seed, held=data.memory).dataset
+    sample = draw(table, per_class=retain.per_class, share=retain.share, seed=seed)
+    return stage(sample, workspace.preprocessing, skip_bad=data.skip_bad, seed=seed, held=data.memory).dataset
 
 
 def _preset(method: str, preset: str) -> Any:

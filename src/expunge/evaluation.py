@@ -345,6 +345,11 @@ def hardly_known(before: Mapping[str, Any], forget: Sequence[str]) -> list[str]:
     return [told] if unknown else []
 
 
+def optimizer_steps(phases: Sequence[Phase]) -> int:
+    """Return the steps of the phases that step down a loss; those of others are batches, or images, that were read."""
+    return sum(phase.steps for phase in phases if phase.final_loss is not None)
+
+
 def cost_of(method: Sequence[Phase], evaluation: Sequence[Phase]) -> dict[str, Any]:
     """Return seconds, optimizer steps and samples of each phase of the method, their totals, and what judging took."""
     phases: dict[str, dict[str, Any]] = {}
@@ -358,7 +363,7 @@ def cost_of(method: Sequence[Phase], evaluation: Sequence[Phase]) -> dict[str, A
     return {
         "phases": phases,
         "seconds": sum(phase.seconds for phase in method),
-        "steps": sum(phase.steps for phase in method if phase.name != "answers"),
+        "steps": optimizer_steps(method),
         "samples": sum(phase.samples for phase in method),
         "evaluation_seconds": sum(phase.seconds for phase in evaluation),
     }

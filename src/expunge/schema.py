@@ -133,8 +133,8 @@ class Phase:
 
     name: str
     seconds: float  # wall clock
-    steps: int  # optimizer steps
-    samples: int  # images that went through the optimizer, repeats counted
+    steps: int  # optimizer steps; where nothing was trained, batches (or images) that were read
+    samples: int  # images that went through them, repeats counted
     label_counts: Mapping[int, int]  # the same by label; real data only, so empty for learned noise
     final_loss: float | None  # mean over the last epoch; None where nothing was trained
     signals: str = ""  # what was last read of the model in this phase, in words

@@ -227,11 +227,11 @@ def features(runs: Sequence[Run]) -> Found:
         if run.point.cell.id in one:
             series |= {"original": "original", "retrained": "retrained"}
         audit = run.record["audits"]["feature_map"]
-        probes = run.record["bench"]["probes"]
+        probes = run.record["bench"]["probes"] or {}
         for role, name in series.items():
             key = {"series": name, "training_seed": run.seed}
             shares = audit["figures"]["share of variance"]
-            told.append(key | {"share_of_variance": shares[role]["value"]} | probes[PROBED[role]])
+            told.append(key | {"share_of_variance": shares[role]["value"]} | probes.get(PROBED[role], {}))
             if run.seed == first:  # planes of two trainings have nothing to do with each other
                 forget = set(run.record["classes"]["forget"])
                 rows += [
@@ -286,10 +286,10 @@ def _measured(run: Run) -> dict[str, tuple[float, float]]:
     pairs = {name: (_number(after.get(name)), _number(retrained.get(name))) for name in OF_ONE}
     pairs |= {name: (_number(after.get(name)), target) for name, target in PAIRWISE.items()}
     pairs["weight_distance"] = (after["weight_distance"]["to_retrained"]["total"]["relative"], 0.0)
-    probes = run.record["bench"]["probes"]
+    probes = run.record["bench"]["probes"] or {}
     pairs |= {
-        f"probe of the last features, {name}": (probes["after"][name], probes["retrained"][name])
-        for name in probes["after"]
+        f"probe of the last features, {name}": (found, probes["retrained"][name])
+        for name, found in probes.get("after", {}).items()
     }
     for audit, told in run.record["audits"].items():
         for figure, of in told["figures"].items():

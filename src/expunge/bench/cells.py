@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from expunge.config import as_json
+from expunge.methods import METHODS
 from expunge.schema import TrainConfig
 from expunge.workspace import DataOptions
 
@@ -36,6 +37,8 @@ class Original:
     @property
     def id(self) -> str:
         options = {name: value for name, value in as_json(self.options).items() if name not in ("spec", "memory")}
+        if self.options.memory is not None:  # what is streamed is shuffled otherwise
+            options["memory"] = self.options.memory
         model = re.sub(r"^.*/(?=[^/]+\.py:)", "", self.model)  # a file's folder is no part of the model
         rest = [as_json(self.recipe), options, model, self.per_class, self.augment, self.digest]
         return f"{slug(self.data)}-{model_name(self.model)}-t{self.seed}-{_hash(rest)}"
@@ -76,6 +79,7 @@ class Tuning:
     @property
     def id(self) -> str:
         rest = [self.original.id, sorted(self.forget), self.trials, self.retain_per_class, self.seed]
+        rest += _forget_drawn(self)
         start = f"{slug(self.original.data)}-{model_name(self.original.model)}-{classes_name(self.forget)}"
         return f"{start}-{self.method}-{self.preset}-{_hash(rest)}"
 
@@ -95,10 +99,10 @@ class Cell:
     settings: tuple[str, ...] = ()  # changes of the preset, as `--set` takes them
     tuning: Tuning | None = None  # take the settings that this search found
     seed: int = 0  # of unlearning, and of the draw of the retain sample
-    retain_per_class: int | None = None  # retained images of each class; None: all
+    retain_per_class: int | None = None  # images of each class, retained or to forget, that are given; None: all
     test_per_class: int | None = None  # held-out images of each class to measure on; None: all
     reference: bool = True  # compare with a retrained model
-    audits: tuple[str, ...] = ()  # of expunge.AUDITS; a probe of the last features is made always
+    audits: tuple[str, ...] = ()  # of expunge.AUDITS; a probe of the last features is made anyway
     count_flops: bool = False  # run the method a second time to count; see cost.py
     after: Cell | None = None  # start from the model that this one made: requests in sequence
     keep: bool = False  # keep the weights that the method made, for the next request
@@ -111,6 +115,7 @@ class Cell:
             self.retain_per_class, self.test_per_class, self.reference, self.audits, self.count_flops,
         ]  # fmt: skip
         rest += [one.id for one in (self.after, self.judged) if one is not None] + ["kept"] * self.keep
+        rest += _forget_drawn(self)
         original = f"{slug(self.original.data)}-{model_name(self.original.model)}-t{self.original.seed}"
         variant = "tuned" if self.tuning else self.preset
         return f"{original}-{classes_name(self.forget)}-{self.method}-{variant}-u{self.seed}-{_hash(rest)}"
@@ -146,6 +151,14 @@ def with_needs(cells: Sequence[Cell]) -> list[Item]:
         yield item
 
     return list({item.id: item for cell in cells for item in all_of(cell)}.values())
+
+
+def _forget_drawn(item: Tuning | Cell) -> list[str]:
+    """Return a word for the id of what reads forget samples that are drawn: it was given all of them once."""
+    method = METHODS.get(item.method)  # None: no method ran, a model is judged
+    reads = method is not None and not method.zero_glance
+    audited = isinstance(item, Cell) and bool(item.audits)
+    return ["forget samples drawn"] if item.retain_per_class is not None and (reads or audited) else []
 
 
 def slug(text: str) -> str:

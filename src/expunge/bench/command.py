@@ -16,6 +16,7 @@ from expunge.bench.records import status_of
 from expunge.bench.runner import Result, run_cells, submit_cells
 from expunge.bench.scaling import FACTORS, growth_table, growths
 from expunge.bench.series import Point
+from expunge.bench.stale import stale_items
 from expunge.bench.standing import Line, Standing
 from expunge.bench.suites import Request, analysis_points, suite_cells
 from expunge.bench.tables import comparable, csv_writer, latex, markdown, parquet_writer, summarize, tidy_rows
@@ -42,6 +43,7 @@ class Plan:
 
     cells: tuple[Cell, ...]
     done: int  # cells that are there already
+    stale: int  # cells that are there, and are done again: their preset's settings are no longer those
     failed: int
     models: int  # to be trained, originals and references, those that are there among them
     tunings: int  # searches for settings, likewise
@@ -61,10 +63,12 @@ def plan(suite: str, request: Request, out: Path) -> Plan:
     _check_data(cells)
     items = with_needs(cells)
     statuses = [status_of(folder_of(cell, out)) for cell in cells]
+    stale = len(stale_items(items, out) & {cell.id for cell in cells})
     kinds = [type(item).__name__ for item in items]
     return Plan(
         tuple(cells),
-        statuses.count("done"),
+        statuses.count("done") - stale,
+        stale,
         statuses.count("failed"),
         kinds.count("Original") + kinds.count("Reference"),
         kinds.count("Tuning"),
@@ -180,7 +184,8 @@ def write_tables(
         out / "tables.tex": text_writer(latex(summaries, rows)),
     }
     for number, group in enumerate(_first_groups(summaries)):
-        writers[out / "plots" / f"forget_retain_{number}.svg"] = forget_against_retain(group, rows)
+        if any("forget_accuracy" in one.figures for one in group):
+            writers[out / "plots" / f"forget_retain_{number}.svg"] = forget_against_retain(group, rows)
         if any("tug_of_war" in one.figures for one in group):
             writers[out / "plots" / f"cost_quality_{number}.svg"] = cost_against_quality(group)
     found = growths(rows)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from expunge.evaluation import optimizer_steps
 from expunge.journal import Journal
 from expunge.schema import Phase
 from expunge.training import device_of
@@ -87,7 +88,7 @@ def measured(
     cost = Cost(
         seconds=seconds,
         cpu_seconds=cpu_seconds,
-        steps=sum(phase.steps for phase in journal.phases if phase.name != "answers"),
+        steps=optimizer_steps(journal.phases),
         samples_retain=retain,
         samples_forget=forgotten,
         samples_synthetic=synthetic,

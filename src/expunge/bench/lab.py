@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -18,11 +19,13 @@ from expunge.audits.core import Subject
 from expunge.bench.cells import Cell, Original, Reference, Tuning, folder_of
 from expunge.bench.cost import measured
 from expunge.bench.records import read
+from expunge.bench.stale import stated_config
+from expunge.bench.streams import own_streams
 from expunge.bench.tuning import tune
 from expunge.commands import train_command
 from expunge.config import as_json, override
-from expunge.data import ImageTable, draw, stage, without
-from expunge.errors import InputError
+from expunge.data import ImageTable, draw, labels_of, stage, without
+from expunge.errors import DivergedError, InputError
 from expunge.evaluation import environment, evaluate
 from expunge.journal import Journal
 from expunge.methods import METHODS, PRESETS
@@ -93,6 +96,8 @@ class Lab:
         if not path.exists():
             try:
                 train()
+            except DivergedError:  # it would again
+                raise
             except InputError:
                 if not checkpoint.exists():
                     raise
@@ -121,7 +126,10 @@ class Lab:
     # Data
 
     def _split(self, workspace: Workspace, cell: Cell | Tuning) -> tuple[Split, dict[str, int]]:
-        """Return what an erasure is given: retain and forget samples out of those the original was trained on."""
+        """Return what an erasure is given: retain and forget samples, drawn alike, of what the original was trained on.
+
+        So many of each class, so that both are there in the shares that the training set had.
+        """
         item = cell.after or cell.original if isinstance(cell, Cell) else cell.original
         key = (item.id, cell.original.id, cell.forget, cell.retain_per_class, cell.seed)
         found: tuple[Split, dict[str, int]] = self._once("split", key, lambda: self._drawn(workspace, cell))
@@ -134,9 +142,9 @@ class Lab:
         others = set(range(len(workspace.class_names))) - set(forget)
         parts = {
             "retain": draw(without(known, {*forget, *before}), per_class=cell.retain_per_class, seed=cell.seed),
-            "forget": without(known, others),
+            "forget": draw(without(known, others), per_class=cell.retain_per_class, seed=cell.seed),
         }
-        staged = {name: _staged(table, workspace, cell.original) for name, table in parts.items()}
+        staged = {name: _staged(table, workspace, cell.original, shuffle_by=cell.seed) for name, table in parts.items()}
         split = Split(
             forget_classes=forget,
             retain=staged["retain"],
@@ -166,7 +174,12 @@ class Lab:
             trials=tuning.trials,
             seed=tuning.seed,
         )
-        return as_json(found) | {"sizes": sizes, "environment": environment(workspace.model)}  # type: ignore[no-any-return]
+        content: dict[str, Any] = as_json(found)
+        return content | {
+            "config": stated_config(tuning.method, tuning.preset, ()),
+            "sizes": sizes,
+            "environment": environment(workspace.model),
+        }
 
     def _run(self, cell: Cell) -> dict[str, Any]:
         workspace = self._open(cell.after or cell.original, cell.forget)
@@ -226,7 +239,9 @@ class Lab:
         settings = tuple(tuned["settings"]) if tuned else cell.settings
         config = override(PRESETS[cell.method][cell.preset](), settings)
         unlearned, journal, cost = measured(
-            lambda journal: method(workspace.model, method.view(split), config, seed=cell.seed, journal=journal),
+            lambda journal: method(
+                workspace.model, method.view(own_streams(split)), config, seed=cell.seed, journal=journal
+            ),
             workspace.model,
             split.forget_classes,
             count_flops=cell.count_flops,
@@ -235,7 +250,7 @@ class Lab:
             model=unlearned,
             preprocessing=workspace.preprocessing,
             journal=journal,
-            config={"preset": cell.preset, "settings": list(settings)} | as_json(config),
+            config=stated_config(cell.method, cell.preset, settings),
             cost=asdict(cost),
             tuned=tuned,
             reads=tuple(sorted(method.reads)),
@@ -273,8 +288,11 @@ class Lab:
 
     def _probes(
         self, cell: Cell, workspace: Workspace, subjects: Mapping[str, Subject], held_out: Dataset[Any]
-    ) -> dict[str, dict[str, float]]:
-        """Return what a linear probe and the nearest class mean find of the classes to forget in the last features."""
+    ) -> dict[str, dict[str, float]] | None:
+        """Return what a linear probe and the nearest class mean find of the classes to forget in the last features.
+
+        None where the data has no training or no held-out image of them, as where they are deleted already.
+        """
         known = self._once(
             "known",
             (cell.original.id, workspace.preprocessing),
@@ -282,6 +300,8 @@ class Lab:
                 draw(_known(workspace, cell.original), per_class=PROBE_IMAGES, seed=1), workspace, cell.original
             ),
         )
+        if not all(np.isin(labels_of(images), workspace.left_out).any() for images in (known, held_out)):
+            return None
 
         def probe(subject: Subject) -> dict[str, float]:
             train, test = subject.features(known), subject.features(held_out)
@@ -302,7 +322,14 @@ def _known(workspace: Workspace, original: Original) -> ImageTable:
     return draw(workspace.source.train, per_class=original.per_class, seed=0)
 
 
-def _staged(table: ImageTable, workspace: Workspace, original: Original) -> Any:
+def _staged(table: ImageTable, workspace: Workspace, original: Original, *, shuffle_by: int | None = None) -> Any:
+    """Return decoded images, or a stream: shuffled each epoch by a seed, as training needs it, or else in order."""
     options = original.options
-    held = options.memory or 2 * 2**30  # more than by default: cells read the same images again and again
-    return stage(table, workspace.preprocessing, skip_bad=options.skip_bad, shuffle=False, held=held).dataset
+    return stage(
+        table,
+        workspace.preprocessing,
+        skip_bad=options.skip_bad,
+        shuffle=shuffle_by is not None,
+        seed=shuffle_by or 0,
+        held=options.memory or 2 * 2**30,  # more than by default: cells read the same images again and again
+    ).dataset

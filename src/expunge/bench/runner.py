@@ -9,7 +9,6 @@ meanwhile, throws away what it made.
 from __future__ import annotations
 
 import json
-import math
 import multiprocessing
 import os
 import time
@@ -25,7 +24,8 @@ from filelock import SoftFileLease, Timeout
 
 from expunge.bench.cells import Cell, Item, folder_of, with_needs
 from expunge.bench.lab import Lab
-from expunge.bench.records import read, status_of
+from expunge.bench.records import attempts_of, finite, read, status_of
+from expunge.bench.stale import stale_items
 from expunge.config import as_json
 from expunge.errors import first_line
 from expunge.files import json_writer, write_atomically
@@ -58,12 +58,13 @@ def run_cells(
 ) -> Result:
     """Run cells, and before them what they need, in `jobs` processes; return when all are done or failed.
 
+    What was done with other settings than its preset has now, and all that needs it, is done again: see stale.py.
+
     Args:
         retry_failed: do again what has failed, once.
     """
     items = with_needs(cells)
-    retry = {item.id: attempts for item in items if (attempts := failed_attempts(folder_of(item, out)))}
-    work = Work(items, out, retry if retry_failed else {}, device)
+    work = Work(items, out, _to_do_again(items, out, retry_failed), device)
     if jobs == 1:
         _work_here(work, told)
     else:
@@ -82,7 +83,7 @@ class Work:
 
     items: Sequence[Item]
     out: Path
-    retry: Mapping[str, int]  # failed items to do again, and how often each had been tried
+    again: Mapping[str, int]  # items to do again, failed or stale, and how often each had been tried
     device: str | None = None
     _settled: dict[str, str] = field(default_factory=dict)  # id: done or failed
 
@@ -90,13 +91,17 @@ class Work:
         """Return whether an item is done, or has failed and is not to be done again; None while it is open."""
         if item.id not in self._settled:
             record = read(folder_of(item, self.out))
-            if record is not None and not self._again(item, record):
+            if record is not None and attempts_of(record) > self.again.get(item.id, 0):
                 self._settled[item.id] = record["item"]["status"]
         return self._settled.get(item.id)
 
-    def _again(self, item: Item, record: Mapping[str, Any]) -> bool:
-        about = record["item"]
-        return about["status"] == "failed" and int(about["attempts"]) <= self.retry.get(item.id, 0)
+
+def _to_do_again(items: Sequence[Item], out: Path, retry_failed: bool) -> dict[str, int]:
+    """Return how often each item was tried that is there and is to be done again."""
+    stale = stale_items(items, out)
+    records = {item.id: read(folder_of(item, out)) for item in items}
+    failed = {key for key, record in records.items() if record and record["item"]["status"] == "failed"}
+    return {key: attempts_of(records[key]) for key in stale | (failed if retry_failed else set())}
 
 
 def _work_here(work: Work, told: Told | None, alive: Callable[[], bool] = lambda: True) -> None:
@@ -149,27 +154,29 @@ def _do(item: Item, work: Work, lab: Lab, lease: SoftFileLease) -> None:
         "kind": type(item).__name__.lower(),
         "status": "failed" if error else "done",
         "error": error,
-        "attempts": (failed_attempts(folder) or 0) + 1,
+        "attempts": attempts_of(read(folder)) + 1,
+        "made_of": {need.id: attempts_of(read(folder_of(need, work.out))) for need in item.needs},
         "seconds": time.perf_counter() - started,
         "cpu_seconds": time.process_time() - worked,
         "asked": _asked(item),
     }
-    if lease.compromise is not None:  # stopped for too long: somebody else does it now, and this result is not wanted
+    if _lost(lease):  # stopped for too long: somebody else does it now, and this result is not wanted
         return
-    write_atomically({folder / "record.json": json_writer(_finite(content) | {"item": about})})
+    write_atomically({folder / "record.json": json_writer(finite(content) | {"item": about})})
+
+
+def _lost(lease: SoftFileLease) -> bool:
+    """Return whether a lease is another's by now; its heartbeat may be late to tell, the lock file is not."""
+    if lease.compromise is not None or lease.token is None:
+        return True
+    try:
+        return lease.token not in Path(lease.lock_file).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return True
 
 
 class NeedError(RuntimeError):
     """What an item needs has failed."""
-
-
-def failed_attempts(folder: Path) -> int | None:
-    """Return how often an item was tried and failed; None where it has not failed."""
-    record = read(folder)
-    if record is None or record["item"]["status"] != "failed":
-        return None
-    attempts: int = record["item"]["attempts"]
-    return attempts
 
 
 @contextmanager
@@ -217,15 +224,6 @@ def _asked(item: Item) -> dict[str, Any]:
     original = asked.get("original", asked)
     original["options"].pop("spec")
     return asked
-
-
-def _finite(content: Any) -> Any:
-    """Return JSON content with None for NaN and infinity, which JSON has no word for."""
-    if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 # Several processes

@@ -183,7 +183,9 @@ def own(request: Request) -> list[Cell]:
     model = request.model or metadata.model
     if model is None:
         raise InputError("the weights do not say which model they belong to: name it with --model")
-    recipe = _recipe_of(metadata.training)
+    training = metadata.training or {}
+    stated = _recipe_of(training)
+    recipe = stated or TRAIN_DEFAULT
     if request.epochs:
         recipe = replace(recipe, epochs=request.epochs)
     shown = metadata.preprocessing
@@ -198,6 +200,9 @@ def own(request: Request) -> list[Cell]:
         options=options,
         model=model,
         recipe=recipe,
+        per_class=training.get("per_class"),  # files of earlier versions do not say it
+        augment=None if stated is None else False,  # a recipe says itself whether images are mirrored and shifted
+        seed=training.get("seed", 0),
         weights=request.weights,
         digest=hashlib.sha256(_content(request.weights)).hexdigest(),
     )
@@ -211,7 +216,7 @@ def own(request: Request) -> list[Cell]:
         small=False,
         reference=request.epochs != 0,
     )
-    return [replace(cell, seed=seed) for cell in cells for seed in range(request.seeds or 2)]
+    return [replace(cell, original=original, seed=seed) for cell in cells for seed in range(request.seeds or 2)]
 
 
 def scaling(request: Request) -> list[Cell]:
@@ -392,15 +397,15 @@ def _options(request: Request, name: str) -> DataOptions:
     return request.data
 
 
-def _recipe_of(training: Mapping[str, object] | None) -> TrainConfig:
-    """Return the recipe that weights say they were trained by, else that of `expunge train`."""
-    stated = (training or {}).get("config")
+def _recipe_of(training: Mapping[str, object]) -> TrainConfig | None:
+    """Return the recipe that weights say they were trained by; None where they do not say it."""
+    stated = training.get("config")
     if not isinstance(stated, dict):
-        return TRAIN_DEFAULT
+        return None
     try:
         return TrainConfig(**stated)
     except TypeError:  # of another version
-        return TRAIN_DEFAULT
+        return None
 
 
 def _content(weights: Path) -> bytes:

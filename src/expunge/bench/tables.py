@@ -93,8 +93,9 @@ def row_of(cell: Cell, record: Mapping[str, Any], out: Path) -> Row:
     row |= {name: after[name] for name in ("forget_accuracy", "retain_accuracy")}
     row |= {name: after[name] for name in ("masked_retain_accuracy", "false_forget_rate")}
     row |= {f"original_{name}": before[name] for name in ("forget_accuracy", "retain_accuracy")}
-    for name in ("linear_probe", "nearest_class_mean"):
-        row |= {name: probes["after"][name], f"original_{name}": probes["before"][name]}
+    if probes is not None:  # None: the data has no images of the classes
+        for name in ("linear_probe", "nearest_class_mean"):
+            row |= {name: probes["after"][name], f"original_{name}": probes["before"][name]}
     row |= {
         "parameters": record["model"]["parameters"],
         "num_classes": bench["sizes"]["classes"],
@@ -107,16 +108,17 @@ def row_of(cell: Cell, record: Mapping[str, Any], out: Path) -> Row:
     }
     if retrained is not None:
         row |= {f"retrained_{name}": retrained[name] for name in ("forget_accuracy", "retain_accuracy")}
-        row |= {f"retrained_{name}": probes["retrained"][name] for name in ("linear_probe", "nearest_class_mean")}
         row |= {
             "forget_gap": _value(gaps.get("forget_accuracy")),
             "retain_gap": _value(gaps.get("retain_accuracy")),
             "tug_of_war": after["tug_of_war"],
             "activation_distance": _value(after["activation_distance"]),
             "weight_distance_to_retrained": after["weight_distance"]["to_retrained"]["total"]["relative"],
-            "linear_probe_gap": probes["after"]["linear_probe"] - probes["retrained"]["linear_probe"],
             "reference_seconds": _training_seconds(cell, out),
         }
+    if retrained is not None and probes is not None:
+        row |= {f"retrained_{name}": probes["retrained"][name] for name in ("linear_probe", "nearest_class_mean")}
+        row |= {"linear_probe_gap": probes["after"]["linear_probe"] - probes["retrained"]["linear_probe"]}
     if bench["tuning"] is not None and cell.tuning is not None:
         tuning = read(folder_of(cell.tuning, out))
         row |= {

@@ -23,6 +23,7 @@ import numpy as np
 from torch import nn
 from torch.utils.data import Dataset
 
+from expunge.bench.streams import own_streams
 from expunge.config import override
 from expunge.data import hold_out
 from expunge.errors import DivergedError
@@ -80,7 +81,7 @@ def tune(method: Method, base: Any, model: nn.Module, split: Split, *, trials: i
 
     def attempt(settings: tuple[str, ...]) -> Trial:
         try:
-            changed = method(model, method.view(given), override(base, settings), seed=seed)
+            changed = method(model, method.view(own_streams(given)), override(base, settings), seed=seed)
         except DivergedError:
             return Trial(settings, -1.0, None, None)
         if evidence is not None:

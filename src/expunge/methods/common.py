@@ -66,7 +66,8 @@ def forget_samples(split: Split) -> Dataset[Sample]:
 def both_samples(split: Split, *, seed: int) -> Dataset[Sample]:
     """Return retained and forget samples as one data set, each sample once.
 
-    A batch then has both in the shares that the training set had, so normalization statistics stay near what they were.
+    Where both were drawn alike, as from one training set they are, a batch has both in the shares that the set had, so
+    normalization statistics stay near what they were.
 
     Args:
         seed: of the order, where one of the two is a stream.

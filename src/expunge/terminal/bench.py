@@ -27,8 +27,9 @@ def show_plan(found: Plan) -> None:
     """Print the cells a benchmark would do, one a line, and how much that is."""
     for cell in found.cells:
         typer.echo(cell.id)
+    stale = f", {found.stale} to do again: their presets have other values now" if found.stale else ""
     typer.echo(
-        f"{len(found.cells)} cells ({found.done} done, {found.failed} failed), {found.models} models to train, "
+        f"{len(found.cells)} cells ({found.done} done, {found.failed} failed{stale}), {found.models} models to train, "
         f"{found.tunings} searches for settings"
     )
 
