@@ -135,7 +135,7 @@ def test_what_else_the_unlearned_weights_forgot_is_not_counted_as_retained(
     def audit(*retrained: Path, unlearned: Path = both) -> Any:
         return audit_command(
             options, trained.model, trained.weights, unlearned, tmp_path / "out", classes=["5"], retrained=retrained,
-            audits=["nearest_class_mean"],
+            audits=["nearest_class_mean"], overwrite=True,
         ).record  # fmt: skip
 
     record = audit(reference)
