@@ -574,7 +574,8 @@ def test_out_below_a_file(tmp_path: Path, trained: Trained) -> None:
     refuse("cannot write", None, *trained.arguments(tmp_path / "file"))
     words = ["train", "--data", "digits", "--model", trained.model, "--out"]
     refuse("cannot write", None, *words, str(tmp_path / "file" / "w.safetensors"))
-    refuse("it is a folder", None, *words, str(tmp_path))
+    (tmp_path / "w.safetensors").mkdir()
+    refuse("it is a folder", None, *words, str(tmp_path / "w.safetensors"))
     assert (tmp_path / "file").read_text() == "old"
 
 

@@ -249,6 +249,7 @@ def forget_command(
     retain = retain or RetainOptions()
     keep = keep or RecordOptions()
     if precision != "auto":
+        TrainConfig(precision=precision)  # refuses what is none, in words of --precision rather than of --set
         changes = precision_settings(as_json(_preset(method, preset)), precision)
         if not changes:
             raise InputError(f"{method} trains nothing that could be done in {precision}: leave --precision out")
