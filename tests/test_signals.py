@@ -267,7 +267,7 @@ def test_signals_of_the_original_and_of_an_unlearned_model(tiny: Tiny, forgotten
     assert original.retain_agreement == 1.0
     unlearned = read_signals(forgotten[0], evidence)
     assert unlearned.still_called <= 0.05
-    assert unlearned.class_probability <= 0.05
+    assert unlearned.class_probability <= 0.1
     assert unlearned.retain_accuracy > 0.9
     assert unlearned.retain_divergence > original.retain_divergence >= 0
 
