@@ -70,7 +70,9 @@ class Calibration:
         for name in ("held_out_most", "evidence", "check_every", "plenty", "trials", "rounds", "cycles"):
             if getattr(self, name) < 1:
                 raise InputError(f"expected {name} of at least 1, got {getattr(self, name)}")
-        for name in ("held_out", "called", "probability", "floor", "few_rate", "back", "lost"):
+        if not 0 < self.few_rate <= 1:
+            raise InputError(f"expected a few_rate above 0 and up to 1, got {self.few_rate:g}")
+        for name in ("held_out", "called", "probability", "floor", "back", "lost"):
             if not 0 < getattr(self, name) < 1:
                 raise InputError(f"expected {name} between 0 and 1, got {getattr(self, name)}")
         if not self.floor < self.depth <= 1:
@@ -156,7 +158,9 @@ class UnsirConfig:
             mirrored=False,
             impair=replace(whole.impair, steps=12, lr=0.001),
             repair=replace(whole.repair, steps=88, lr=0.0007),
-            calibration=Calibration(evidence=16, held_out_most=128, cycles=1, probability=0.02, depth=1.0),
+            calibration=Calibration(
+                evidence=16, held_out_most=128, cycles=1, probability=0.02, depth=1.0, few_rate=1.0
+            ),
         )
 
     @classmethod
