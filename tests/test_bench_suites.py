@@ -298,7 +298,7 @@ def test_somebodys_own(tmp_path: Path) -> None:
 
     planned = invoke(*words, "--dry-run")
     assert planned.exit_code == 0, planned.output
-    assert "4 cells (0 done, 0 failed), 2 models to train" in planned.stdout
+    assert "4 cells (0 done, 0 failed), 2 models and 0 searches for settings in all" in planned.stdout
     assert not out.exists()
 
     done = invoke(*words)

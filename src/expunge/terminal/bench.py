@@ -29,8 +29,8 @@ def show_plan(found: Plan) -> None:
         typer.echo(cell.id)
     stale = f", {found.stale} to do again: their presets have other values now" if found.stale else ""
     typer.echo(
-        f"{len(found.cells)} cells ({found.done} done, {found.failed} failed{stale}), {found.models} models to train, "
-        f"{found.tunings} searches for settings"
+        f"{len(found.cells)} cells ({found.done} done, {found.failed} failed{stale}), {found.models} models and "
+        f"{found.tunings} searches for settings in all"
     )
 
 
