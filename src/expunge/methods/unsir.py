@@ -53,7 +53,7 @@ class Calibration:
     held_out_most: int = 512  # images, at most
     evidence: int = 32  # held-out class impressions of each kind, of all classes together (but two a class)
     check_every: int = 8  # impair steps between readings
-    called: float = 0.05  # classes count as gone where no more of their impressions, of any kind, are called one of them,
+    called: float = 0.05  # classes are gone where no more of their impressions, of any kind, are called one of them,
     probability: float = 0.005  # and, after repair, where their probability together is on average nowhere higher
     floor: float = 0.2  # agreement with the original, beyond chance, below which impair did too much
     depth: float = 0.6  # and to which it must bring the model: a class is gone at the output before it is gone inside
