@@ -277,23 +277,16 @@ def invoke(*arguments: str) -> Result:
     return CliRunner().invoke(cli.app, ["bench", *arguments])
 
 
+def own(data: str, model: str, weights: Path, out: Path) -> list[str]:
+    words = ["own", "--data", data, "--model", model, "--weights", str(weights), "--classes", "3"]
+    return [*words, "--out", str(out)]
+
+
 def test_somebodys_own(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(NET)
     model, weights, out = f"{tmp_path / 'net.py'}:net", tmp_path / "w.safetensors", tmp_path / "out"
     commands.train_command(DataOptions(spec="digits"), model, weights, config=TrainConfig(epochs=2, batch_size=64))
-    words = [
-        "own",
-        "--data",
-        "digits",
-        "--model",
-        model,
-        "--weights",
-        str(weights),
-        "--classes",
-        "3",
-        "--out",
-        str(out),
-    ]
+    words = own("digits", model, weights, out)
     words += ["--methods", "none,head_mask", "--epochs", "1", "--retain-per-class", "20"]
 
     planned = invoke(*words, "--dry-run")
@@ -322,19 +315,7 @@ def test_somebodys_own_without_images_of_the_classes(tmp_path: Path) -> None:
     model, weights, out = f"{tmp_path / 'net.py'}:net", tmp_path / "w.safetensors", tmp_path / "out"
     commands.train_command(DataOptions(spec="digits"), model, weights, config=TrainConfig(epochs=1, batch_size=64))
     left = write_digits(tmp_path / "left", [label for label in range(10) if label != 3], each=20)
-    words = [
-        "own",
-        "--data",
-        str(left),
-        "--model",
-        model,
-        "--weights",
-        str(weights),
-        "--classes",
-        "3",
-        "--out",
-        str(out),
-    ]
+    words = own(str(left), model, weights, out)
     done = invoke(*words, "--methods", "none,fine_tune,ssd", "--seeds", "1", "--epochs", "1")
     assert done.exit_code == 1, done.output  # of ssd, which reads what is not there
     assert done.stderr.count("FAILED") == 1
