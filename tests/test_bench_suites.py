@@ -394,6 +394,8 @@ def test_a_failed_cell_leaves_with_1(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (["quick", "--jobs", "0", "--dry-run"], "expected --jobs of at least 1, got 0"),
         (["quick", "--slurm-hours", "-1", "--dry-run"], "expected --slurm-hours above 0 and below 10,000, got -1"),
         (["quick", "--slurm-hours", "inf", "--slurm", "gpu"], "expected --slurm-hours above 0 and below 10,000"),
+        (["quick", "--slurm-hours", "2", "--dry-run"], "--slurm-hours means nothing without --slurm PARTITION"),
+        (["quick", "--slurm-gpus", "1"], "--slurm-gpus means nothing without --slurm PARTITION"),
         (["quick", "--slurm", "gpu"], "cannot submit to slurm here"),
     ],
 )

@@ -29,7 +29,6 @@ from expunge.methods.common import (
     divergence,
     forget_samples,
     fresh_copy,
-    gone,
     num_steps,
     sgd,
 )
@@ -221,7 +220,7 @@ def test_published_recipe() -> None:
 
 def test_labels_that_are_gone() -> None:
     split = replace(three_classes(), forgotten_before=(1,))
-    assert gone(split) == (2, 1)
+    assert split.gone == (2, 1)
     assert bears(torch.tensor([0, 1, 2, 2]), (2, 1)).tolist() == [False, True, True, True]
     with pytest.raises(InputError, match="none were given"):
         forget_samples(split.zero_glance())

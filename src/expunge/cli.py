@@ -499,9 +499,11 @@ def bench(
         ),
     ] = None,
     slurm_hours: Annotated[
-        float, typer.Option(metavar="H", help="Time limit of a job.", rich_help_panel="Cluster")
-    ] = 4.0,
-    slurm_gpus: Annotated[int, typer.Option(min=0, metavar="N", help="GPUs of a job.", rich_help_panel="Cluster")] = 0,
+        float | None, typer.Option(metavar="H", help="Time limit of a job; by default 4.", rich_help_panel="Cluster")
+    ] = None,
+    slurm_gpus: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="GPUs of a job; by default none.", rich_help_panel="Cluster")
+    ] = None,
     *,
     reading: Reading,
     device: Device = None,
@@ -520,8 +522,11 @@ def bench(
         from expunge.terminal import bench as terminal
 
         check_jobs(jobs)
-        if not 0 < slurm_hours < MOST_HOURS:
+        if slurm_hours is not None and not 0 < slurm_hours < MOST_HOURS:
             raise InputError(f"expected --slurm-hours above 0 and below {MOST_HOURS:,}, got {slurm_hours:g}")
+        for option, value in (("--slurm-hours", slurm_hours), ("--slurm-gpus", slurm_gpus)):
+            if value is not None and slurm is None:
+                raise InputError(f"{option} means nothing without --slurm PARTITION")
         if data is None:
             refuse_idle(suite, given_of(reading))
 
@@ -546,8 +551,8 @@ def bench(
         if slurm is not None:
             parameters = {
                 "slurm_partition": slurm,
-                "timeout_min": max(1, round(60 * slurm_hours)),
-                "gpus_per_node": slurm_gpus,
+                "timeout_min": max(1, round(60 * (slurm_hours or 4.0))),
+                "gpus_per_node": slurm_gpus or 0,
             }
             names = submit_command(suite, request, out, jobs=jobs, parameters=parameters)
             typer.echo(f"Submitted {', '.join(names)}. The same command without --slurm writes the tables.")

@@ -745,7 +745,7 @@ def _judged_by_many(
         return Subject("unlearned", model, split.preprocessing)
 
     labels = labels_of(split.test)
-    gone = [*split.forget_classes, *split.forgotten_before]
+    gone = list(split.gone)
     found = judge_ensembles(
         train_ensembles(
             lambda number: trained(everything, number, "ensemble original"),

@@ -279,7 +279,7 @@ def measures(answers: Predictions, split: Split) -> dict[str, Any]:
     if not torch.isfinite(logits).all():
         raise InputError("the model gives NaN or infinite logits: it cannot be measured")
     forget = _is_forget(answers, split)
-    gone = sorted({*split.forget_classes, *split.forgotten_before})
+    gone = sorted(set(split.gone))
     others = _is_retained(labels, split)
     names = _names(split, logits.shape[1])
     kept, lost = bool(others.any()), bool(forget.any())
@@ -389,7 +389,7 @@ def _is_forget(answers: Predictions, split: Split) -> torch.Tensor:
 
 
 def _is_retained(labels: torch.Tensor, split: Split) -> torch.Tensor:
-    return ~torch.isin(labels, torch.tensor(sorted({*split.forget_classes, *split.forgotten_before})))
+    return ~torch.isin(labels, torch.tensor(split.gone))
 
 
 def _wilson(hits: torch.Tensor) -> list[float] | None:

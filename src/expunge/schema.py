@@ -70,6 +70,11 @@ class Split:
     preprocessing: Preprocessing | None = None  # needed where images are uint8
     forgotten_before: tuple[int, ...] = ()  # labels that earlier requests removed: their samples are refused too
 
+    @property
+    def gone(self) -> tuple[int, ...]:
+        """The labels that no result shall answer: forgotten now or before."""
+        return (*self.forget_classes, *self.forgotten_before)
+
     def zero_glance(self) -> Split:
         """Return the part of this split that a zero-glance method may see: the retain sample alone."""
         return Split(

@@ -175,7 +175,7 @@ def gather_evidence(
     if not samples:
         raise InputError("expected held-out retained images to read signals on, got none")
     retained = normalize(torch.stack([as_tensor(sample[0]) for sample in samples]), split.preprocessing)
-    gone = (*split.forget_classes, *split.forgotten_before)
+    gone = split.gone
     return Evidence(
         retained=retained,
         labels=torch.tensor([int(sample[1]) for sample in samples]),

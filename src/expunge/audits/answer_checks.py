@@ -19,7 +19,6 @@ from expunge.audits.check import (
     RELEARN,
     UNLEARNED,
     Check,
-    gone,
     inputs,
     listed,
     percent,
@@ -298,7 +297,7 @@ def _retained_logits(subject: Subject, data: AuditData) -> Tensor:
     """Return the logits of retained classes on retained images (on all, where there is none)."""
     answers = subject.answers(data.test)
     _, retain = sides(answers.labels, data)
-    columns = [label for label in range(answers.logits.shape[1]) if label not in gone(data)]
+    columns = [label for label in range(answers.logits.shape[1]) if label not in data.gone]
     return (answers.logits[retain] if retain.any() else answers.logits)[:, columns].double()
 
 

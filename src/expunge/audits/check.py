@@ -36,14 +36,9 @@ class Check:
     roles: tuple[str, ...] = ()  # models that it speaks against, where it is wrong; of data and attacks none
 
 
-def gone(data: AuditData) -> list[int]:
-    """Return the labels that no model shall answer: forgotten now or before."""
-    return sorted({*data.forget_classes, *data.forgotten_before})
-
-
 def sides(labels: Tensor, data: AuditData) -> tuple[Tensor, Tensor]:
     """Return which samples (N,) are of forgotten classes, and which of retained ones."""
-    return torch.isin(labels, torch.tensor(data.forget_classes)), ~torch.isin(labels, torch.tensor(gone(data)))
+    return torch.isin(labels, torch.tensor(data.forget_classes)), ~torch.isin(labels, torch.tensor(data.gone))
 
 
 def inputs(subject: Subject, data: AuditData, count: int, *, seed: int) -> Tensor:

@@ -41,6 +41,11 @@ class AuditData:
     class_names: tuple[str, ...]
     forgotten_before: tuple[int, ...] = ()  # labels gone before: their samples count for neither side
 
+    @property
+    def gone(self) -> list[int]:
+        """The labels that no model shall answer, in order: forgotten now or before."""
+        return sorted({*self.forget_classes, *self.forgotten_before})
+
     def part(self, of: Literal["test", "train"], *, forget: bool, most: int | None = None, seed: int = 0) -> Any:
         """Return the samples of the forgotten classes, or of those that stay: all, or `most` drawn at random.
 

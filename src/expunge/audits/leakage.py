@@ -49,7 +49,7 @@ def attack_neighbours(subject: Subject, data: AuditData, context: Context) -> Fo
 
 def _pairs(forget: Subset[Any], data: AuditData, context: Context) -> tuple[Subset[Any], Subset[Any]]:
     """Return samples of forgotten classes, and as many of the classes next to them."""
-    gone = sorted({*data.forget_classes, *data.forgotten_before})
+    gone = data.gone
     nearest = answers_of(context.original, data, forget).logits.clone()
     nearest[:, gone] = -torch.inf
     next_to = nearest.argmax(1).numpy()

@@ -277,7 +277,7 @@ def few_images(data: AuditData, shots: int, *, seed: int) -> Subset[Any]:
     labels = torch.from_numpy(labels_of(data.train))
     rows = {c: drawn(labels, c, seed=seed)[:shots] for c in torch.unique(labels).tolist()}
     forgotten = torch.cat([rows[c] for c in _present(labels, data.forget_classes)])
-    retained = torch.cat([rows[c] for c in rows if c not in {*data.forget_classes, *data.forgotten_before}])
+    retained = torch.cat([rows[c] for c in rows if c not in data.gone])
     order = torch.randperm(len(retained), generator=torch.Generator().manual_seed(seed))
     return Subset(data.train, [*forgotten.tolist(), *retained[order[: RETAINED_SHARE * len(forgotten)]].tolist()])
 

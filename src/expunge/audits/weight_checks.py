@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from expunge.audits.check import COMPARED, UNLEARNED, Check, gone, inputs, listed, percent, sides
+from expunge.audits.check import COMPARED, UNLEARNED, Check, inputs, listed, percent, sides
 from expunge.audits.core import AuditData, Subject
 from expunge.audits.kinship import PERHAPS_SAME_STOCK, SAME_STOCK, STRANGERS, Kinship, kinship
 from expunge.metrics.uncertainty import differs, gap_interval, of_values, wilson_interval
@@ -160,7 +160,7 @@ def _fault_of_answers(original: Subject, retrained: Subject, data: AuditData) ->
             return "knows the classes", f"their images get them with a probability of {own:.2f} on average"
     if retain.any():
         masked = before.logits.clone()
-        masked[:, gone(data)] = -torch.inf
+        masked[:, data.gone] = -torch.inf
         lacks = gap_interval(of_values(hits[retain]), of_values((masked.argmax(1) == before.labels)[retain]))
         if differs(lacks) and lacks.value < -POOR:
             return (

@@ -27,7 +27,7 @@ from expunge.batches import Batch
 from expunge.errors import InputError
 from expunge.journal import Journal
 from expunge.methods.checks import check_split, count_classes, first_image
-from expunge.methods.common import evaluating_norms, forget_samples, gone
+from expunge.methods.common import evaluating_norms, forget_samples
 from expunge.methods.registry import Method
 from expunge.randomness import seeded
 from expunge.schema import Preprocessing, Split, TrainConfig
@@ -109,7 +109,7 @@ def boundary_shrink(
     config = config or BoundaryShrinkConfig()
     check_split(model, split, reads=SHRINK.reads)
     original = copy.deepcopy(model).eval().requires_grad_(False)
-    closed, preprocessing, bound = gone(split), split.preprocessing, config.bound
+    closed, preprocessing, bound = split.gone, split.preprocessing, config.bound
 
     def objective(logits: Tensor, batch: Batch) -> Tensor:
         nearest = nearest_class(original, batch.images, batch.labels, closed, bound=bound, preprocessing=preprocessing)

@@ -48,7 +48,7 @@ def check_split(model: nn.Module, split: Split, *, reads: Collection[str]) -> di
     outside = [label for label in classes if not 0 <= label < num_classes]
     if outside:
         raise InputError(f"class index {outside[0]} is out of range: expected 0 to {num_classes - 1}")
-    gone = set(classes) | set(split.forgotten_before)
+    gone = set(split.gone)
     if len(gone) >= num_classes:
         raise InputError(f"cannot forget all {num_classes} classes: at least one must be retained")
     if "forget" in reads:

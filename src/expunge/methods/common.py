@@ -47,11 +47,6 @@ def sgd(**changes: Any) -> TrainConfig:
 # Samples
 
 
-def gone(split: Split) -> tuple[int, ...]:
-    """Return the labels that are to be forgotten or were before."""
-    return (*split.forget_classes, *split.forgotten_before)
-
-
 def forget_samples(split: Split) -> Dataset[Sample]:
     """Return the samples of the classes to forget.
 

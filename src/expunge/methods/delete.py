@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from expunge.batches import Batch
 from expunge.journal import Journal
 from expunge.methods.checks import check_split
-from expunge.methods.common import evaluating_norms, forget_samples, gone
+from expunge.methods.common import evaluating_norms, forget_samples
 from expunge.methods.registry import Method
 from expunge.schema import Split, TrainConfig
 from expunge.signals import retained_answers
@@ -72,7 +72,7 @@ def delete(
             config.training,
             seed=seed,
             preprocessing=split.preprocessing,
-            objective=masked_distillation(copy.deepcopy(model).eval(), gone(split)),
+            objective=masked_distillation(copy.deepcopy(model).eval(), split.gone),
             journal=journal,
             phase="forget",
         )

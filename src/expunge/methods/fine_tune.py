@@ -13,7 +13,7 @@ from torch import nn
 
 from expunge.journal import Journal
 from expunge.methods.checks import check_split
-from expunge.methods.common import gone, sgd
+from expunge.methods.common import sgd
 from expunge.methods.registry import Method
 from expunge.schema import Split, TrainConfig
 from expunge.training import train
@@ -56,7 +56,7 @@ def fine_tune(
         preprocessing=split.preprocessing,
         journal=journal,
         phase="fine-tune",
-        refused=gone(split),
+        refused=split.gone,
     )
     return tuned
 

@@ -20,7 +20,7 @@ from expunge.batches import Batch
 from expunge.errors import InputError
 from expunge.journal import Journal
 from expunge.methods.checks import check_split
-from expunge.methods.common import gone, num_steps, sgd
+from expunge.methods.common import num_steps, sgd
 from expunge.methods.registry import Method
 from expunge.schema import Split, TrainConfig
 from expunge.training import Objective, train
@@ -72,7 +72,7 @@ def l1_sparse(
         whole_batch=True,
         journal=journal,
         phase="fine-tune",
-        refused=gone(split),
+        refused=split.gone,
     )
     return unlearned
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from expunge.batches import Batch
 from expunge.journal import Journal
 from expunge.methods.checks import check_split, count_classes
-from expunge.methods.common import bears, both_samples, gone, sgd
+from expunge.methods.common import bears, both_samples, sgd
 from expunge.methods.registry import Method
 from expunge.schema import Split, TrainConfig
 from expunge.training import Objective, train
@@ -60,7 +60,7 @@ def random_labels(
         config.training,
         seed=seed,
         preprocessing=split.preprocessing,
-        objective=random_label_loss(gone(split), count_classes(model, split)),
+        objective=random_label_loss(split.gone, count_classes(model, split)),
         journal=journal,
         phase="forget",
         refused=split.forgotten_before,

@@ -12,7 +12,7 @@ from torch import nn
 
 from expunge.journal import Journal
 from expunge.methods.checks import check_split
-from expunge.methods.common import fresh_copy, gone
+from expunge.methods.common import fresh_copy
 from expunge.methods.registry import Method
 from expunge.schema import Split, TrainConfig
 from expunge.training import train
@@ -68,7 +68,7 @@ def retrain(
         preprocessing=split.preprocessing,
         journal=journal,
         phase="train",
-        refused=gone(split),
+        refused=split.gone,
     )
     return retrained
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from expunge.errors import InputError
 from expunge.journal import Journal
 from expunge.methods.checks import check_split, count_classes
-from expunge.methods.common import BATCH, batches, both_samples, forget_samples, gone, sgd
+from expunge.methods.common import BATCH, batches, both_samples, forget_samples, sgd
 from expunge.methods.random_labels import random_label_loss
 from expunge.methods.registry import Method
 from expunge.schema import Split, TrainConfig
@@ -75,7 +75,7 @@ def salun(
             config.training,
             seed=seed,
             preprocessing=split.preprocessing,
-            objective=random_label_loss(gone(split), count_classes(model, split)),
+            objective=random_label_loss(split.gone, count_classes(model, split)),
             journal=journal,
             phase="forget",
             refused=split.forgotten_before,

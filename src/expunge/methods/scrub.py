@@ -19,7 +19,7 @@ from expunge.batches import Batch
 from expunge.errors import InputError
 from expunge.journal import Journal
 from expunge.methods.checks import check_split
-from expunge.methods.common import derived_seed, divergence, forget_samples, gone, sgd
+from expunge.methods.common import derived_seed, divergence, forget_samples, sgd
 from expunge.methods.registry import Method
 from expunge.schema import Split, TrainConfig
 from expunge.training import Objective, logits_of, train
@@ -106,7 +106,7 @@ def scrub(
             objective=obey(teacher, config),
             journal=journal,
             phase="repair",
-            refused=gone(split),
+            refused=split.gone,
         )
     return unlearned
 

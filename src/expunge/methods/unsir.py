@@ -331,7 +331,7 @@ def impair(
         synthetic=shown,
         journal=journal,
         phase="impair",
-        refused=_gone(split),
+        refused=split.gone,
         until=None if until is None else lambda step: until(impaired, step),
     )
     return impaired
@@ -395,7 +395,7 @@ def teach(
     """
     if config.repair_temperature is None:
         raise InputError("expected a repair_temperature to distil with, got None")
-    temperature, gone = config.repair_temperature, _gone(split)
+    temperature, gone = config.repair_temperature, split.gone
     teacher = copy.deepcopy(original).eval()
     retain = split.retain
     if not isinstance(retain, IterableDataset):
@@ -744,7 +744,7 @@ def _repair(
         objective=lesson.objective,
         journal=journal,
         phase="repair",
-        refused=_gone(split),
+        refused=split.gone,
     )
     return repaired
 
@@ -773,10 +773,6 @@ def _as_share(images: Dataset[Any], share: float, retain: Dataset[Any], others: 
     size = len(images)  # type: ignore[arg-type]
     shown = share / (1 - share if others is None else others) * sum(count_labels(retain).values())
     return Subset(images, [index % size for index in range(max(size, round(shown)))])
-
-
-def _gone(split: Split) -> tuple[int, ...]:
-    return (*split.forget_classes, *split.forgotten_before)
 
 
 def _learn_noise(

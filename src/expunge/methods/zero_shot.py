@@ -39,7 +39,7 @@ from expunge.data import TensorImages
 from expunge.errors import DivergedError, InputError
 from expunge.journal import Journal, Meter
 from expunge.methods.checks import check_split, count_classes, first_image
-from expunge.methods.common import derived_seed, fresh_copy, gone
+from expunge.methods.common import derived_seed, fresh_copy
 from expunge.methods.registry import Method
 from expunge.randomness import seeded
 from expunge.schema import Split, TrainConfig
@@ -117,7 +117,7 @@ def zero_shot_gkt(
         raise InputError("expected a model with parameters to train: all of them have requires_grad=False")
     with seeded(derived_seed(seed, 1)):
         generator = Generator(tuple(shape), noise_size=config.noise_size, width=config.width).to(device_of(model))
-        transfer = _Transfer(model, student, generator, gone(split), config)
+        transfer = _Transfer(model, student, generator, split.gone, config)
         with (journal or Journal()).phase("distil", steps=config.rounds * config.student_steps) as meter:
             transfer.run(meter)
     student.zero_grad()
@@ -394,7 +394,7 @@ def learn_noises(
         DivergedError: an objective became NaN or infinite.
     """
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
-    closed, num_classes, shape = gone(split), count_classes(model, split), first_image(split).shape
+    closed, num_classes, shape = split.gone, count_classes(model, split), first_image(split).shape
     kept = [label for label in range(num_classes) if label not in closed]
     count = max(1, min(config.noise_per_class, config.noise_images // (len(kept) + len(split.forget_classes))))
     generator = torch.Generator().manual_seed(seed)
