@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from conftest import Tiny, TinyNet, random_images
 from expunge.batches import Batch
@@ -151,6 +151,49 @@ def test_noise_share_sets_the_repeats(tiny: Tiny) -> None:
     journal = Journal()
     impair(tiny.model, tiny.split, learn_noise(tiny.model, tiny.split, config, seed=0), config, seed=0, journal=journal)
     assert 1 - 900 / journal.phases[0].samples == pytest.approx(0.4, abs=0.01)
+
+
+def test_noise_bears_its_class_at_first_and_a_retained_one_then(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = learn_noise(tiny.model, tiny.split, SMALL, seed=0)
+    with torch.no_grad():
+        answers = tiny.model.eval()(noise.images)
+    answers[:, 3] = -torch.inf
+    called = sorted(answers.argmax(1).tolist())
+    borne: list[Tensor] = []
+    whole = nn.functional.cross_entropy
+
+    def spy(logits: Tensor, labels: Tensor, **given: Any) -> Tensor:
+        borne.append(labels)
+        return whole(logits, labels, **given)
+
+    monkeypatch.setattr(sys.modules["expunge.methods.unsir"].F, "cross_entropy", spy)
+    every = TrainConfig(steps=4, lr=0.001, batch_size=908, update_norm_statistics=False)
+    config = replace(SMALL, noise_repeats=1, noise_is_class=2, impair=every)
+    asked: list[int] = []
+
+    def never(_: nn.Module, step: int) -> bool:
+        asked.append(step)
+        return False
+
+    impair(tiny.model, tiny.split, noise, config, seed=0, until=never)
+    assert asked == [1, 2, 3, 4]
+    kept = torch.bincount(tiny.split.retain.labels, minlength=10)  # type: ignore[attr-defined]
+    at_first, then = kept.clone(), kept + torch.bincount(torch.tensor(called), minlength=10)
+    at_first[3] += 8
+    shown = [torch.bincount(labels, minlength=10).tolist() for labels in borne]
+    assert shown == [at_first.tolist()] * 2 + [then.tolist()] * 2
+
+
+def test_a_class_that_no_longer_means_noise(tiny: Tiny) -> None:
+    noise = learn_noise(tiny.model, tiny.split, SMALL, seed=0)
+    called = {}
+    for steps in (None, 8):
+        config = replace(SMALL, noise_is_class=steps, impair=replace(SMALL.impair, steps=24))
+        impaired = impair(tiny.model, tiny.split, noise, config, seed=0)
+        with torch.no_grad():
+            called[steps] = (impaired(noise.images).argmax(1) == 3).double().mean().item()
+    assert called[None] > 0.8
+    assert called[8] < 0.2
 
 
 def test_distillation_teaches_the_originals_answer_without_the_forgotten() -> None:
@@ -309,6 +352,7 @@ def test_nan_stops_with_the_step_and_what_to_lower() -> None:
         ({"noise_share": 1.0}, "noise_share between 0 and 1"),
         ({"label_weight": 1.0}, "label_weight in \\[0, 1\\)"),
         ({"noise_repeats": 0}, "noise_repeats of at least 1"),
+        ({"noise_is_class": 0}, "noise_is_class of at least 1"),
         ({"noise_images": 0}, "noise_images of at least 1"),
         ({"impressions": -1}, "impressions of at least 0"),
         ({"noise_share": 0.5, "impression_share": 0.5}, "leave room for retained images"),

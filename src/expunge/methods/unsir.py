@@ -92,7 +92,9 @@ class UnsirConfig:
     noise_steps: int = 40  # Adam steps, as in the notebook: 5 epochs of 8
     noise_lr: float = 0.1  # notebook
     noise_penalty: float = 3.0  # weight of the mean squared pixel; the notebook's 0.1 on the sum is 307.2 at 3x32x32
-    noise_share: float = 0.25  # of the images in impair, in (0, 1)
+    noise_share: float = 0.3  # of the images in impair, in (0, 1)
+    noise_is_class: int | None = 16  # impair steps in which noise bears its class; after them it bears the retained
+    # class that the model calls it first, so that the class does not come to mean "unknown"; None: throughout (paper)
     noise_repeats: int | None = None  # times each noise image is shown in a pass; None: as noise_share asks
     impair: TrainConfig = field(
         default_factory=lambda: TrainConfig(
@@ -116,8 +118,10 @@ class UnsirConfig:
         for name in ("noise_per_class", "noise_steps"):
             if getattr(self, name) < 1:
                 raise InputError(f"expected {name} of at least 1, got {getattr(self, name)}")
-        if self.noise_repeats is not None and self.noise_repeats < 1:
-            raise InputError(f"expected noise_repeats of at least 1, got {self.noise_repeats}")
+        for name in ("noise_repeats", "noise_is_class"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"expected {name} of at least 1, got {value}")
         if not self.noise_lr > 0 or not self.noise_penalty >= 0:
             raise InputError(
                 f"expected a positive noise_lr and a noise_penalty of at least 0, "
@@ -154,6 +158,8 @@ class UnsirConfig:
         whole = cls()
         return cls(
             noise_steps=20,
+            noise_share=0.25,
+            noise_is_class=None,
             impressions=32,
             mirrored=False,
             impair=replace(whole.impair, steps=12, lr=0.001),
@@ -171,6 +177,7 @@ class UnsirConfig:
             noise_images=None,
             noise_penalty=307.2,
             noise_repeats=20,
+            noise_is_class=None,
             impair=TrainConfig(epochs=1, lr=0.02, update_norm_statistics=False),
             repair=TrainConfig(epochs=1, lr=0.01),
             repair_temperature=None,
@@ -190,6 +197,7 @@ class UnsirConfig:
             noise_images=None,
             noise_penalty=0.1,
             noise_repeats=20,
+            noise_is_class=None,
             impair=TrainConfig(epochs=1, lr=0.02),
             repair=TrainConfig(epochs=1, lr=0.01),
             repair_temperature=None,
@@ -286,8 +294,11 @@ def impair(
 ) -> nn.Module:
     """Return a copy of `model` trained on noise and retain sample, shuffled together: it unlearns, and is damaged.
 
-    Noise bears the class it was learned for, so that the class comes to mean noise. Impressions, where there are any,
-    bear the class of the retained image they were made from, so that what made them the class comes to mean nothing.
+    Noise bears the class it was learned for, so that the class comes to mean noise. From step `noise_is_class` on it
+    bears the retained class that `model` calls it first: a class that means noise for long means whatever is unknown,
+    and its own images are just that afterwards, so that it is relearned quickly (docs/research/calibration.md, 12).
+    Impressions, where there are any, bear the class of the retained image they were made from, so that what made them
+    the class comes to mean nothing.
 
     Args:
         until: asked after each step with the model and the number of steps done; impair ends where it says True.
@@ -302,17 +313,22 @@ def impair(
         images, labels = images[torch.cat(first)], labels[torch.cat(first)]
     if "label_zero" in config.defects:
         labels = torch.zeros_like(labels)
-    noise = TensorImages(images, labels)
+    bearing: Dataset[Any] = TensorImages(images, labels)
+    relabelled = None
+    if config.noise_is_class is not None:
+        answers = predict(model, bearing, precision=config.impair.precision)
+        bearing = Taught(bearing, retained_answers(answers.logits, split.gone))
+        relabelled = _Relabelled(config.noise_is_class)
     shown: Dataset[Sample]
     if config.noise_repeats is not None:
-        shown = Subset(noise, list(range(len(noise))) * config.noise_repeats)
+        shown = Subset(bearing, list(range(len(images))) * config.noise_repeats)
     elif impressions is None:
-        shown = _as_share(noise, config.noise_share, split.retain)
+        shown = _as_share(bearing, config.noise_share, split.retain)
     else:
         others = 1 - config.noise_share - config.impression_share
         shown = ConcatDataset(
             [
-                _as_share(noise, config.noise_share, split.retain, others),
+                _as_share(bearing, config.noise_share, split.retain, others),
                 _as_share(
                     TensorImages(impressions.images, impressions.start_labels),
                     config.impression_share,
@@ -322,6 +338,12 @@ def impair(
             ]
         )
     impaired = copy.deepcopy(model)
+
+    def done(step: int) -> bool:
+        if relabelled is not None:
+            relabelled.steps = step
+        return until is not None and until(impaired, step)
+
     train(
         impaired,
         split.retain,
@@ -329,12 +351,27 @@ def impair(
         seed=seed,
         preprocessing=split.preprocessing,
         synthetic=shown,
+        objective=relabelled,
         journal=journal,
         phase="impair",
         refused=split.gone,
-        until=None if until is None else lambda step: until(impaired, step),
+        until=done if until is not None or relabelled is not None else None,
     )
     return impaired
+
+
+@dataclass
+class _Relabelled:
+    """Cross-entropy of labels; once `since` steps are done, of a sample's most probable target, where it has one."""
+
+    since: int
+    steps: int = 0  # that are done
+
+    def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
+        labels = batch.labels
+        if self.steps >= self.since and batch.targets is not None:
+            labels = torch.where(batch.targets[:, 0].isnan(), labels, batch.targets.argmax(1))
+        return F.cross_entropy(logits, labels)
 
 
 def repair(
