@@ -394,12 +394,41 @@ def test_space_is_that_of_the_singular_vectors() -> None:
     space = space_of((rows.T @ rows).unsqueeze(0))
     _, values, vectors = torch.linalg.svd(rows, full_matrices=False)
     shares = values.square() / values.square().sum()
-    torch.testing.assert_close(space.shares[0].flip(0), shares)
-    cosines = (space.directions[0].flip(1) * vectors.T).sum(0).abs()
-    torch.testing.assert_close(cosines, torch.ones(5, dtype=torch.float64))
-    assert space_of(torch.zeros(1, 3, 3)).shares.abs().sum() == 0
+    assert space.directions.shape == (1, 5, 4)  # the last input is always 0
+    assert space.directions[0, 4].tolist() == [0.0] * 4
+    torch.testing.assert_close(space.shares[0].flip(0), shares[:4])
+    cosines = (space.directions[0].flip(1) * vectors[:4].T).sum(0).abs()
+    torch.testing.assert_close(cosines, torch.ones(4, dtype=torch.float64))
+    assert space_of(torch.zeros(1, 3, 3)).shares.numel() == 0
+    dead = Space(torch.zeros(1, 3, 0), torch.zeros(1, 0))
+    assert discriminatory(torch.ones(1, 2, 3), dead, dead, 10.0, 10.0).abs().sum() == 0
     with pytest.raises(DivergedError, match="inputs of a layer are NaN"):
         space_of(torch.full((1, 2, 2), math.nan))
+
+
+def test_taps_that_see_only_padding_are_left_alone() -> None:
+    """A 3x3 window over a map of one pixel is a linear layer of its centre."""
+    generator = torch.Generator().manual_seed(0)
+    conv = nn.Conv2d(2, 3, 3, padding=1)
+    linear = nn.Linear(2, 3)
+    with torch.no_grad():
+        linear.weight.copy_(conv.weight[:, :, 1, 1])
+    both = []
+    for model, shape in ((nn.Sequential(conv), (2, 1, 1)), (nn.Sequential(nn.Flatten(), linear), (2, 1, 1))):
+        generator.manual_seed(1)
+        retain, forget = (
+            input_spaces(model, TensorImages(torch.randn((20, *shape), generator=generator), torch.zeros(20).long()),
+                         patches=100, seed=0)
+            for _ in range(2)
+        )  # fmt: skip
+        both.append((retain, projected(model, retain, forget, 30.0, 3.0)))
+    (spaces, windows), (_, plain) = both
+    assert spaces["0"].directions.shape == (1, 18, 2)
+    changed = windows.get_parameter("0.weight") - conv.weight
+    torch.testing.assert_close(windows.get_parameter("0.weight")[:, :, 1, 1], plain.get_parameter("1.weight"))
+    assert changed[:, :, 1, 1].abs().min() > 0
+    changed[:, :, 1, 1] = 0.0
+    assert not changed.any()
 
 
 def test_importance_of_a_direction() -> None:

@@ -83,11 +83,14 @@ class SvdClassConfig:
 
 @dataclass(frozen=True)
 class Space:
-    """The space that a layer's inputs span; G groups of D inputs each, one group unless the convolution is grouped."""
+    """The space that a layer's inputs span; G groups of D inputs each, one group unless the convolution is grouped.
 
-    directions: Tensor  # (G, D, D), orthonormal columns
+    K of the D inputs are not always 0. At a map of one pixel eight ninths of a 3x3 window are.
+    """
+
+    directions: Tensor  # (G, D, K), orthonormal columns
     shares: (
-        Tensor  # (G, D), at least 0, sum 1 (0 of zeros): of the inputs' squared length, what lies along each direction
+        Tensor  # (G, K), at least 0, sum 1 (0 of zeros): of the inputs' squared length, what lies along each direction
     )
 
 
@@ -176,7 +179,8 @@ def projected(
     for name, retain in retain_spaces.items():
         weight = layers[name].weight
         if isinstance(weight, nn.Parameter) and weight.requires_grad:
-            grouped = weight.reshape(len(retain.shares), -1, retain.shares.shape[1])  # (G, outputs of a group, D)
+            groups, inputs, _ = retain.directions.shape
+            grouped = weight.reshape(groups, -1, inputs)  # (G, outputs of a group, D)
             change = discriminatory(grouped, retain, forget_spaces[name], retain_scale, forget_scale)
             weight.copy_((grouped - change).view_as(weight))
     return copied
@@ -279,15 +283,21 @@ def layer_inputs(layer: nn.Module, values: Tensor) -> Tensor:
 def space_of(squares: Tensor, name: str = "a layer") -> Space:
     """Return the space of inputs R (N, D) whose R^T R is `squares`, (G, D, D).
 
-    Its eigenvectors are the singular vectors of R^T, its eigenvalues the squared singular values.
+    Its eigenvectors are the singular vectors of R^T, its eigenvalues the squared singular values. Inputs that are
+    always 0 are left out: a matrix of zeros but for a ninth costs hundreds of times as much, and LAPACK's iteration
+    did not converge on one.
 
     Raises:
         DivergedError: `squares` is NaN or infinite.
     """
     if not bool(torch.isfinite(squares).all()):
         raise DivergedError(f"the inputs of {name} are NaN or infinite; nothing was kept")
-    total = squares.diagonal(dim1=1, dim2=2).sum(1).clamp_min(torch.finfo(squares.dtype).tiny).view(-1, 1, 1)
-    values, directions = torch.linalg.eigh(squares / total)
+    lengths = squares.diagonal(dim1=1, dim2=2)
+    alive = (lengths > 0).any(0).nonzero().flatten()
+    total = lengths.sum(1).clamp_min(torch.finfo(squares.dtype).tiny).view(-1, 1, 1)
+    values, vectors = torch.linalg.eigh(squares[:, alive][:, :, alive] / total)
+    directions = squares.new_zeros(*squares.shape[:2], len(alive))
+    directions[:, alive] = vectors
     return Space(directions, values.clamp_min(0.0))
 
 
