@@ -135,6 +135,24 @@ def test_workers_of_its_own(tmp_path: Path) -> None:
     assert sorted(told) == sorted(item.id for item in with_needs(cells))
 
 
+def test_records_that_came_without_weights_go_on(tmp_path: Path) -> None:
+    """What was passed on without its models is not done again, and what is new beside it gets them trained."""
+    first = tmp_path / "first"
+    cells = tiny_cells(tmp_path, methods=("none", "head_mask"))
+    run_cells(cells[:1], first)
+    weights = list(first.rglob("weights.safetensors"))
+    assert len(weights) == 2  # the original, and the model retrained without 3
+    for path in weights:
+        path.unlink()
+    assert not run_cells(cells[:1], first).missing
+    assert not list(first.rglob("weights.safetensors"))
+    run_cells(cells[:2], first)
+    assert sorted(first.rglob("weights.safetensors")) == sorted(weights)
+    run_cells(cells[:2], tmp_path / "second")
+    rows, same = (told_apart(tidy_rows(cells[:2], out)) for out in (first, tmp_path / "second"))
+    assert rows == same
+
+
 def test_a_failing_cell_is_recorded_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cells, out = tiny_cells(tmp_path), tmp_path / "out"
     calls = 0

@@ -111,6 +111,8 @@ class Lab:
         original = item if isinstance(item, Original) else item.original
         own = original.weights if item is original else None
         weights = own or folder_of(item, self.out) / WEIGHTS
+        if own is None and not isinstance(item, Cell) and not weights.exists():
+            self._train(item)  # its record came without, as records are passed on
         return open_workspace(original.options, original.model, weights, leave_out=forget, seed=0, device=self.device)
 
     def _subject(self, role: str, item: Original | Reference | Cell, forget: Sequence[str]) -> Subject:
