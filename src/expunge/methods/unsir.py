@@ -294,7 +294,7 @@ def impair(
 ) -> nn.Module:
     """Return a copy of `model` trained on noise and retain sample, shuffled together: it unlearns, and is damaged.
 
-    Noise bears the class it was learned for, so that the class comes to mean noise. From step `noise_is_class` on it
+    Noise bears the class it was learned for, so that the class comes to mean noise. After `noise_is_class` steps it
     bears the retained class that `model` calls it first: a class that means noise for long means whatever is unknown,
     and its own images are just that afterwards, so that it is relearned quickly (docs/research/calibration.md, 12).
     Impressions, where there are any, bear the class of the retained image they were made from, so that what made them
