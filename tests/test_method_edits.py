@@ -414,13 +414,9 @@ def test_taps_that_see_only_padding_are_left_alone() -> None:
     with torch.no_grad():
         linear.weight.copy_(conv.weight[:, :, 1, 1])
     both = []
-    for model, shape in ((nn.Sequential(conv), (2, 1, 1)), (nn.Sequential(nn.Flatten(), linear), (2, 1, 1))):
-        generator.manual_seed(1)
-        retain, forget = (
-            input_spaces(model, TensorImages(torch.randn((20, *shape), generator=generator), torch.zeros(20).long()),
-                         patches=100, seed=0)
-            for _ in range(2)
-        )  # fmt: skip
+    samples = [TensorImages(torch.randn((20, 2, 1, 1), generator=generator), torch.zeros(20)) for _ in range(2)]
+    for model in (nn.Sequential(conv), nn.Sequential(nn.Flatten(), linear)):
+        retain, forget = (input_spaces(model, images, patches=100, seed=0) for images in samples)
         both.append((retain, projected(model, retain, forget, 30.0, 3.0)))
     (spaces, windows), (_, plain) = both
     assert spaces["0"].directions.shape == (1, 18, 2)
