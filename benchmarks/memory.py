@@ -86,7 +86,7 @@ def measured(words: list[str]) -> tuple[int, float]:
     """Run an `expunge` command; return its peak resident memory in bytes, and its seconds."""
     start = time.perf_counter()
     # this process stays small: what a child had before it became another program counts for it too
-    process = subprocess.Popen([sys.executable, "-m", "expunge.cli", *words, "--quiet"])
+    process = subprocess.Popen([sys.executable, "-m", "expunge", *words, "--quiet"])
     _, status, usage = os.wait4(process.pid, 0)
     if os.waitstatus_to_exitcode(status) not in (0, 1):
         raise SystemExit(f"expunge {words[0]} failed")

@@ -84,7 +84,7 @@ def main() -> None:
 
 def plan(options: argparse.Namespace) -> dict[str, Callable[[], Result]]:
     """Return what one run measures, by name, in its order."""
-    cli = [sys.executable, "-m", "expunge.cli"]
+    cli = [sys.executable, "-m", "expunge"]
     measures: dict[str, Callable[[], Result]] = {
         "help": lambda: timed([*cli, "--help"]),
         "peak": lambda: worker(options, "peak"),

@@ -46,7 +46,7 @@ def run_cell(options: argparse.Namespace, preset: str, seed: int) -> dict[str, A
     """Return the record of one preset and seed, running it where it is not there yet."""
     folder = Path(options.out) / f"{preset}-{seed}"
     if not (folder / "record.json").exists():
-        command = [sys.executable, "-m", "expunge.cli", "forget", "--weights", options.weights]
+        command = [sys.executable, "-m", "expunge", "forget", "--weights", options.weights]
         command += ["--retrained", options.retrained, "--data", options.data, "--classes", options.classes]
         command += ["--model", options.model] if options.model else []
         command += ["--retain-per-class", str(options.retain_per_class), "--preset", preset]

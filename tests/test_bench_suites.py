@@ -378,6 +378,14 @@ def test_a_failed_cell_leaves_with_1(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "--retry-failed" in result.stdout
 
 
+def test_a_list_given_twice_adds_to_itself(tmp_path: Path) -> None:
+    words = ["quick", "--out", str(tmp_path / "out"), "--dry-run", "--trials", "1"]
+    once = invoke(*words, "--methods", "none,head_mask")
+    twice = invoke(*words, "--methods", "none", "--methods", "head_mask")
+    assert once.exit_code == 0, once.output
+    assert twice.stdout == once.stdout != invoke(*words, "--methods", "head_mask").stdout
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -78,7 +78,7 @@ def entry(
     arguments: Sequence[str], env: dict[str, str] | None = None, before: Callable[[], None] | None = None
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "expunge.cli", *arguments],
+        [sys.executable, "-m", "expunge", *arguments],
         capture_output=True,
         text=True,
         env=os.environ | (env or {}),

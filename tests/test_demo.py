@@ -12,7 +12,7 @@ import pytest
 
 @pytest.mark.slow
 def test_demo(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "expunge.cli", "demo", "--out", str(tmp_path / "demo")]
+    command = [sys.executable, "-m", "expunge", "demo", "--out", str(tmp_path / "demo")]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Forgotten at the output: yes" in done.stdout

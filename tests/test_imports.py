@@ -27,6 +27,7 @@ LAYERS = (
     {"verify", "bench"},
     {"terminal", "options"},
     {"cli"},
+    {"__main__"},
 )
 LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 

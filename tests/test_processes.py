@@ -80,7 +80,7 @@ class Case:
         train_command(DataOptions(spec="digits"), self.model, self.weights, config=config)
 
     def words(self, out: Path, *more: str) -> list[str]:
-        words = ["-m", "expunge.cli", "forget", "--weights", str(self.weights), "--model", self.model]
+        words = ["-m", "expunge", "forget", "--weights", str(self.weights), "--model", self.model]
         words += ["--data", "digits", "--classes", "3", "--retain-per-class", "60", "--out", str(out), *more]
         return words if "--preset" in more else [*words, "--preset", "fast"]
 
@@ -133,7 +133,7 @@ def test_processes_refuse_together_what_is_there_already(tmp_path: Path) -> None
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "record.json").write_text("old")
     for words, there in ((["train", "--out", str(out)], out), (forget, tmp_path / "out" / "record.json")):
-        ended = finish(start(["-m", "expunge.cli", *words, "--data", "digits", "--model", "allcnn", "--quiet"], 2))
+        ended = finish(start(["-m", "expunge", *words, "--data", "digits", "--model", "allcnn", "--quiet"], 2))
         assert sorted(code for code, _, _ in ended) == [2, LOST], ended
         told = "".join(errors for _, _, errors in ended)
         assert told.startswith(f"error: {there} is there already"), ended
@@ -296,7 +296,7 @@ def test_a_killed_process_ends_the_run(
 
 @pytest.mark.slow
 def test_training_goes_on_after_a_kill(case: Case, tmp_path: Path) -> None:
-    words = ["-m", "expunge.cli", "train", "--data", "digits", "--model", case.model, "--epochs", "20", "--quiet"]
+    words = ["-m", "expunge", "train", "--data", "digits", "--model", case.model, "--epochs", "20", "--quiet"]
     words += ["--batch-size", "64", "--out"]
     assert [code for code, *_ in finish(start([*words, str(tmp_path / "whole.safetensors")], 2))] == [0, 0]
     out = tmp_path / "w.safetensors"

@@ -67,7 +67,7 @@ def test_training_in_a_terminal(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(FILE)
     words = ["train", "--data", "digits", "--model", f"{tmp_path / 'net.py'}:build", "--epochs", "30"]
     words += ["--out", str(tmp_path / "w.safetensors")]
-    written = in_terminal([sys.executable, "-m", "expunge.cli", *words])
+    written = in_terminal([sys.executable, "-m", "expunge", *words])
     lines = lines_of(written)
     assert max(map(len, lines)) <= COLUMNS
     running = [line for line in lines if line.startswith("train ") and "left" in line]
@@ -78,7 +78,7 @@ def test_training_in_a_terminal(tmp_path: Path) -> None:
     assert "\x1b[38;" in written or "\x1b[3" in written  # in colours
 
     (tmp_path / "w.safetensors").unlink()
-    asked = in_terminal([sys.executable, "-m", "expunge.cli", *words], NO_COLOR="1")
+    asked = in_terminal([sys.executable, "-m", "expunge", *words], NO_COLOR="1")
     assert not re.search(r"\x1b\[[0-9;]*3[0-9]", asked), "colours, though NO_COLOR was set"
     assert any("left" in line for line in lines_of(asked))
 
@@ -87,7 +87,7 @@ def test_a_terminal_that_cannot_redraw_gets_lines(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(FILE)
     words = ["train", "--data", "digits", "--model", f"{tmp_path / 'net.py'}:build", "--epochs", "1"]
     words += ["--out", str(tmp_path / "w.safetensors")]
-    written = in_terminal([sys.executable, "-m", "expunge.cli", *words], TERM="dumb")
+    written = in_terminal([sys.executable, "-m", "expunge", *words], TERM="dumb")
     assert "\x1b" not in written
     assert re.search(r"^train: 6 steps, [\d.]+ s, loss ", written, re.MULTILINE)
 

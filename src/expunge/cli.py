@@ -81,7 +81,7 @@ def train(
     model: Annotated[str, typer.Option(metavar="SPEC", help=SPEC_HELP)],
     out: Annotated[Path, typer.Option(metavar="W.safetensors", help="Where the weights go.")],
     without: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(metavar="A,B", help="Classes never shown: makes a retrained reference.", rich_help_panel="Data"),
     ] = None,
     per_class: Annotated[
@@ -144,7 +144,7 @@ def train(
                     precision=cast("Precision", precision),
                     gradient_checkpointing=gradient_checkpointing,
                 ),
-                leave_out=listed(without),
+                leave_out=listed(*without or ()),
                 per_class=per_class,
                 augment=augment,
                 seed=seed,
@@ -301,7 +301,8 @@ def audit(
         ),
     ] = None,
     audits: Annotated[
-        str | None, typer.Option(metavar="A,B", help="Attacks to run, by name; by default all of the default budget.")
+        list[str] | None,
+        typer.Option(metavar="A,B", help="Attacks to run, by name; by default all of the default budget."),
     ] = None,
     budget: Annotated[
         str,
@@ -385,7 +386,7 @@ def audit(
                 out,
                 classes=classes or (),
                 retrained=retrained or (),
-                audits=listed(audits),
+                audits=listed(*audits or ()),
                 training_data=not no_training_data,
                 ensembles=many if budget == "large" else None,
                 seed=seed,
@@ -428,7 +429,7 @@ def bench(
         ),
     ] = None,
     methods: Annotated[
-        str | None, typer.Option(metavar="A,B", help="Only these methods.", rich_help_panel="What")
+        list[str] | None, typer.Option(metavar="A,B", help="Only these methods.", rich_help_panel="What")
     ] = None,
     seeds: Annotated[
         int | None,
@@ -443,11 +444,11 @@ def bench(
         ),
     ] = None,
     audits: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(metavar="A,B", help="Attacks of expunge audit, on every cell.", rich_help_panel="What"),
     ] = None,
     only: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             metavar="A,B",
             help="Only cells named so by --dry-run; * is any text: 'cifar10-resnet18-*'.",
@@ -455,7 +456,7 @@ def bench(
         ),
     ] = None,
     analysis: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             metavar="A,B", help="Only these of the paper's analyses (suite analyses).", rich_help_panel="What"
         ),
@@ -534,12 +535,12 @@ def bench(
         request = Request(
             data=options,
             classes=tuple(listed(one) for one in classes or ()),
-            methods=listed(methods),
+            methods=listed(*methods or ()),
             seeds=seeds,
             trials=trials,
-            audits=listed(audits),
-            only=listed(only),
-            analysis=listed(analysis),
+            audits=listed(*audits or ()),
+            only=listed(*only or ()),
+            analysis=listed(*analysis or ()),
             model=model,
             weights=weights,
             epochs=epochs,
@@ -936,7 +937,3 @@ def _print_file(written: Sequence[Path]) -> None:
     """Print the record that is among the files a command wrote, as it is there."""
     path = next(path for path in written if path.name in ("record.json", "bench.json"))
     typer.echo(path.read_text(encoding="utf-8"), nl=False)
-
-
-if __name__ == "__main__":
-    main()

@@ -203,8 +203,9 @@ def ask_for_shards(fsdp: bool) -> None:
         os.environ["EXPUNGE_FSDP"] = "1"
 
 
-def listed(text: str | None) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",")) if text is not None else ()
+def listed(*texts: str) -> tuple[str, ...]:
+    """Return what lists with commas name, one after the other: an option that is given twice adds to itself."""
+    return tuple(part.strip() for text in texts for part in text.split(","))
 
 
 def given_of(reading: Reading) -> list[str]:
@@ -223,7 +224,7 @@ def data_options(data: str, reading: Reading) -> DataOptions:
         spec=data,
         label_column=reading.label_column,
         image_column=reading.image_column,
-        class_names=listed(reading.class_names) or None,
+        class_names=None if reading.class_names is None else listed(reading.class_names),
         size=_size(reading.size),
         mean=_numbers(reading.mean, "--mean"),
         std=_numbers(reading.std, "--std"),
