@@ -63,6 +63,15 @@ TEN = tuple((label,) for label in range(10))
 HUNDRED = ((0,), tuple(range(20)), tuple(range(40)))
 RESNET = Case("cifar10", "torchvision:resnet18", ())
 SMALL = replace(RESNET, train_per_class=1000, retain_per_class=200, epochs=20, batch_size=128)
+UNSEEN = {  # architectures that nothing was ever set by
+    "squeezenet": "torchvision:squeezenet1_1",
+    "shufflenet": "torchvision:shufflenet_v2_x0_5",
+    "regnet": "timm:regnetx_002",
+    "mobilenetv3": "timm:mobilenetv3_small_050",
+    "edgenext": "timm:edgenext_xx_small",
+    "convnext": "timm:convnext_atto",
+    "resnet10t": "timm:resnet10t",
+}
 CASES = {
     "resnet18-one": replace(RESNET, sets=TEN, references=TEN),
     "resnet18-02": replace(RESNET, sets=((0, 2),), references=((0, 2),), relearn=True),
@@ -79,6 +88,10 @@ CASES = {
     "vit-small": replace(SMALL, model=VIT, sets=((0,), (0, 2)), references=((0,), (0, 2))),
     "mobilenet-small": replace(SMALL, model="torchvision:mobilenet_v2", sets=((0,), (0, 2)), references=((0,), (0, 2))),
     "allcnn-small": replace(SMALL, model="allcnn", sets=((0,), (0, 2)), references=((0,), (0, 2)), train_per_class=500),
+    **{
+        f"{name}-unseen": replace(SMALL, model=model, sets=((3,), (1, 8)), references=((3,), (1, 8)))
+        for name, model in UNSEEN.items()
+    },
     "cifar100-small": Case(
         "cifar100", "torchvision:resnet18", HUNDRED, HUNDRED,
         train_per_class=200, retain_per_class=100,

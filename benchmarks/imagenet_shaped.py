@@ -151,10 +151,10 @@ class Measuring(Journal):
         self.costs: list[Cost] = []
 
     @contextmanager
-    def phase(self, name: str, *, steps: int | None, part: Part | None = None) -> Iterator[Meter]:
+    def phase(self, name: str, *, steps: int | None, part: Part | None = None, shown: bool = True) -> Iterator[Meter]:
         reset_peak(self.device)
         wall, busy = time.perf_counter(), time.process_time()
-        with super().phase(name, steps=steps, part=part) as meter:
+        with super().phase(name, steps=steps, part=part, shown=shown) as meter:
             yield meter
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)

@@ -220,8 +220,10 @@ def ours(preset: str, labels: str, options: argparse.Namespace, clock: Clock) ->
 
     class Timed(Journal):
         @contextmanager
-        def phase(self, name: str, *, steps: int | None, part: Part | None = None) -> Iterator[Meter]:
-            with clock.phase(name), super().phase(name, steps=steps, part=part) as meter:
+        def phase(
+            self, name: str, *, steps: int | None, part: Part | None = None, shown: bool = True
+        ) -> Iterator[Meter]:
+            with clock.phase(name), super().phase(name, steps=steps, part=part, shown=shown) as meter:
                 yield meter
 
     folder = options.out / "result"

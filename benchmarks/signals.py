@@ -82,7 +82,7 @@ def collect(options: argparse.Namespace, label: str) -> list[dict[str, Any]]:
     points: list[dict[str, Any]] = []
 
     def read(changed: nn.Module, phase: str, rate: float, step: int) -> None:
-        seen = refreshed(changed, evidence.refresh) if phase == "impair" else changed
+        seen = refreshed(changed, evidence.refresh.images) if phase == "impair" else changed
         points.append({"name": options.name, "label": label, "phase": phase, "rate": rate, "step": step})
         points[-1] |= figures(seen, evidence, lambda: predict(seen, truth, preprocessing=preprocessing).logits, forget)
 

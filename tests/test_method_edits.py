@@ -32,7 +32,7 @@ from expunge.methods.boundary import (
     boundary_shrink,
     nearest_class,
 )
-from expunge.methods.common import evaluating_norms
+from expunge.methods.common import evaluating_norms, noise_objective
 from expunge.methods.delete import METHOD as DELETE
 from expunge.methods.delete import DeleteConfig, delete, masked_distillation
 from expunge.methods.fisher import METHOD as FISHER
@@ -64,7 +64,6 @@ from expunge.methods.zero_shot import (
     attention_layers,
     error_min_max,
     learn_noises,
-    noise_objective,
     passes,
     transfer_loss,
     zero_shot_gkt,
@@ -415,7 +414,7 @@ def test_taps_that_see_only_padding_are_left_alone() -> None:
         linear.weight.copy_(conv.weight[:, :, 1, 1])
     both = []
     samples = [TensorImages(torch.randn((20, 2, 1, 1), generator=generator), torch.zeros(20)) for _ in range(2)]
-    for model in (nn.Sequential(conv), nn.Sequential(nn.Flatten(), linear)):
+    for model in (nn.Sequential(conv, nn.Flatten()), nn.Sequential(nn.Flatten(), linear)):
         retain, forget = (input_spaces(model, images, patches=100, seed=0) for images in samples)
         both.append((retain, projected(model, retain, forget, 30.0, 3.0)))
     (spaces, windows), (_, plain) = both

@@ -17,6 +17,7 @@ from expunge.batches import Batch
 from expunge.data import TensorImages
 from expunge.errors import DivergedError, InputError
 from expunge.journal import Journal
+from expunge.methods.common import noise_objective
 from expunge.methods.unsir import (
     NOTEBOOK_DEFECTS,
     Calibration,
@@ -24,7 +25,6 @@ from expunge.methods.unsir import (
     distil_retained,
     impair,
     learn_noise,
-    noise_objective,
     repair,
     taught_answers,
     teach,
@@ -53,8 +53,8 @@ def test_noise_objective_closed_form() -> None:
     images = torch.full((2, 3, 4, 4), 2.0, dtype=torch.float64)
     logits = torch.zeros((2, 5), dtype=torch.float64)
     labels = torch.tensor([1, 4])
-    assert noise_objective(logits, labels, images, 0.5).item() == pytest.approx(-math.log(5) + 0.5 * 4)
-    assert noise_objective(logits, labels, images, 0.5, summed=True).item() == pytest.approx(
+    assert noise_objective(-1.0, 0.5)(logits, labels, images).item() == pytest.approx(-math.log(5) + 0.5 * 4)
+    assert noise_objective(-1.0, 0.5, summed=True)(logits, labels, images).item() == pytest.approx(
         -math.log(5) + 0.5 * 4 * 48
     )
 
@@ -62,8 +62,10 @@ def test_noise_objective_closed_form() -> None:
 def test_penalty_on_mean_equals_penalty_on_sum_at_the_papers_size() -> None:
     images = torch.randn((4, 3, 32, 32))
     logits, labels = torch.randn((4, 10)), torch.arange(4)
-    mean = noise_objective(logits, labels, images, 0.1 * 3072)
-    assert mean.item() == pytest.approx(noise_objective(logits, labels, images, 0.1, summed=True).item(), rel=1e-5)
+    mean = noise_objective(-1.0, 0.1 * 3072)(logits, labels, images)
+    assert mean.item() == pytest.approx(
+        noise_objective(-1.0, 0.1, summed=True)(logits, labels, images).item(), rel=1e-5
+    )
 
 
 def test_noise_gradient_against_finite_differences() -> None:
@@ -71,7 +73,7 @@ def test_noise_gradient_against_finite_differences() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.Tanh(), nn.Linear(4, 3)).double()
     labels = torch.tensor([0, 2])
     images = torch.randn((2, 3, 2, 2), dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: noise_objective(model(x), labels, x, 0.3), (images,))
+    assert torch.autograd.gradcheck(lambda x: noise_objective(-1.0, 0.3)(model(x), labels, x), (images,))
 
 
 def test_noise_ascends_the_error_with_right_labels_and_leaves_the_model_alone(tiny: Tiny) -> None:

@@ -822,7 +822,8 @@ def hold_out(dataset: Dataset[Any], *, share: float, most: int, seed: int) -> tu
     """Return a data set without a random share of each class, and that share: at most `most` images together.
 
     A class with too few images for the share loses none. Where that holds of all, or the data set is a stream of
-    somebody else's, nothing is cut off and the held-out part is a sample of the first. Where it is `most` that leaves
+    somebody else's, nothing is cut off and the held-out part is a sample of the first, of a stream from around its
+    middle on: impressions start from its first images. Where it is `most` that leaves
     less than an image a class, `most` classes at random lose one each.
     """
     labels = labels_of(dataset)
@@ -836,8 +837,10 @@ def hold_out(dataset: Dataset[Any], *, share: float, most: int, seed: int) -> tu
     kept = np.setdiff1d(np.arange(len(labels)), held)
     foreign = isinstance(dataset, IterableDataset) and not isinstance(dataset, StreamedImages)
     if foreign or (len(held) == 0 and isinstance(dataset, IterableDataset)):
-        first = list(itertools.islice(iter(dataset), most))
-        return dataset, _Chosen(first, np.arange(len(first)))
+        start = len(labels) // 4 + int(rng.integers(max(1, len(labels) // 2)))
+        later = itertools.chain(itertools.islice(iter(dataset), start, None), itertools.islice(iter(dataset), start))
+        some = list(itertools.islice(later, most))
+        return dataset, _Chosen(some, np.arange(len(some)))
     if len(held) == 0:
         return dataset, _Chosen(dataset, rng.permutation(len(labels))[:most])
     if isinstance(dataset, StreamedImages):

@@ -27,6 +27,7 @@ class Meter:
     _correct: int = 0
     _seen: int = 0
     _show: Callable[[Meter], None] | None = None
+    _inner: float = 0.0  # seconds of phases within it
 
     def start_epoch(self) -> None:
         """Forget the running means: what is shown and kept is of the current epoch."""
@@ -113,28 +114,32 @@ class Journal:
         return list(dict.fromkeys(f"{phase.name}: {phase.note}" for phase in self.phases if phase.note))
 
     @contextmanager
-    def phase(self, name: str, *, steps: int | None, part: Part | None = None) -> Iterator[Meter]:
-        """Measure one phase; a phase that raises is not kept.
+    def phase(self, name: str, *, steps: int | None, part: Part | None = None, shown: bool = True) -> Iterator[Meter]:
+        """Measure one phase; a phase that raises is not kept. What is spent in a phase within it is not its own.
 
         Args:
             steps: its expected length; None: not known.
             part: what it is a part of; only shown.
+            shown: False for what is too short to be looked at.
         """
         meter = Meter()
-        if self._display is not None:
-            meter._show = self._display.step
-            self._display.begin(meter, name, steps, part)
+        display = self._display if shown else None
+        if display is not None:
+            meter._show = display.step
+            display.begin(meter, name, steps, part)
         start = time.perf_counter()
         outer, self._meter = self._meter, meter
         phase: Phase | None = None
         try:
             yield meter
-            phase = _finished(name, time.perf_counter() - start, meter)
+            phase = _finished(name, time.perf_counter() - start - meter._inner, meter)
             self.phases.append(phase)
         finally:
             self._meter = outer
-            if self._display is not None:
-                self._display.end(meter, phase)
+            if outer is not None:
+                outer._inner += time.perf_counter() - start
+            if display is not None:
+                display.end(meter, phase)
 
 
 def _finished(name: str, seconds: float, meter: Meter) -> Phase:

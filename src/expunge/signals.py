@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset, IterableDataset
 
 from expunge.batches import Share, as_tensor, together
-from expunge.data import StreamedImages, TensorImages, normalize, size_of
+from expunge.data import TensorImages, normalize
 from expunge.errors import DivergedError, InputError
 from expunge.journal import Journal, Meter
 from expunge.memory import images_that_fit
@@ -69,7 +70,14 @@ class Evidence:
     impressions: Mapping[str, Impressions]  # by kind
     forget_classes: tuple[int, ...]
     gone: tuple[int, ...]  # those and the ones forgotten before
-    refresh: Tensor  # (N, channels, H, W) retained images for normalization statistics
+    refresh: TensorImages  # retained images for normalization statistics
+
+    def count(self, meter: Meter, *, refresh: bool) -> None:
+        """Count what one reading of signals goes through."""
+        read = Counter(self.labels.tolist()) + Counter(self.refresh.labels.tolist() if refresh else ())
+        learned = sum(len(impressions.images) for impressions in self.impressions.values())
+        meter.step(samples=read.total() + learned)
+        meter.read(read)
 
 
 def learn_impressions(
@@ -106,20 +114,12 @@ def _learn_kinds(
     seed: int,
     precision: Precision,
     journal: Journal | None,
-    elsewhere: bool = False,
 ) -> dict[str, Impressions]:
-    """Learn impressions of several kinds, all in one batch, the first from `seed`, the next from the one after it.
-
-    Args:
-        elsewhere: as of `retained_sample`.
-    """
+    """Learn impressions of several kinds, all in one batch, the first from `seed`, the next from the one after it."""
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     labels = torch.tensor(split.forget_classes).repeat_interleave(per_class)
     with (journal or Journal()).phase("impressions", steps=IMPRESSION_STEPS) as meter, seeded(seed):
-        begun = [
-            _begin(split, kind, len(labels), seed + number, meter, elsewhere=elsewhere)
-            for number, kind in enumerate(kinds)
-        ]
+        begun = [_begin(split, kind, len(labels), seed + number, meter) for number, kind in enumerate(kinds)]
         images = descend(
             frozen,
             torch.cat([starts for starts, _ in begun]),
@@ -136,17 +136,17 @@ def _learn_kinds(
     }
 
 
-def _begin(split: Split, kind: Kind, count: int, seed: int, meter: Meter, *, elsewhere: bool) -> tuple[Tensor, Tensor]:
+def _begin(split: Split, kind: Kind, count: int, seed: int, meter: Meter) -> tuple[Tensor, Tensor]:
     """Return what so many impressions of a kind start from, and its class as `Impressions` has it."""
     generator = torch.Generator().manual_seed(seed)
     if kind == "noise":
         shape = retained_sample(split.retain, 1, split.preprocessing, generator).images.shape[1:]
         return torch.randn((count, *shape), generator=generator), torch.full((count,), -1)
-    size = count * (2 if kind == "blend" else 1)
-    drawn = retained_sample(split.retain, size, split.preprocessing, generator, elsewhere=elsewhere)
-    meter.read({int(k): int(v) for k, v in zip(*torch.unique(drawn.labels, return_counts=True), strict=True)})
+    size = count + (kind == "blend")  # each is blended with the next, another one even where they are few
+    drawn = retained_sample(split.retain, size, split.preprocessing, generator)
+    meter.read(Counter(drawn.labels.tolist()))
     starts = drawn.images[:count]
-    return (starts + drawn.images[count:]) / 2 if kind == "blend" else starts, drawn.labels[:count]
+    return (starts + drawn.images[1:]) / 2 if kind == "blend" else starts, drawn.labels[:count]
 
 
 def gather_evidence(
@@ -161,7 +161,7 @@ def gather_evidence(
 ) -> Evidence:
     """Return what to read signals on: held-out retained images and impressions of every kind, of the original `model`.
 
-    Of a stream, impressions start elsewhere than those of `learn_impressions`, which begin with its first images.
+    Impressions start from held-out images too, so that none is one of those of `learn_impressions`.
 
     Args:
         held_out: retained samples that the changed model will not be trained on; `split.retain` are those it will.
@@ -175,17 +175,21 @@ def gather_evidence(
     if not samples:
         raise InputError("expected held-out retained images to read signals on, got none")
     retained = normalize(torch.stack([as_tensor(sample[0]) for sample in samples]), split.preprocessing)
-    gone = split.gone
+    labels = torch.tensor([int(sample[1]) for sample in samples])
+    known = replace(split, retain=TensorImages(retained, labels), preprocessing=None)
+    impressions = _learn_kinds(model, known, per_class, KINDS, seed=seed, precision=precision, journal=journal)
+    with (journal or Journal()).phase("signals", steps=None, shown=False) as meter:
+        answers = retained_answers(_logits(model, retained), split.gone)
+        meter.step(samples=len(labels))
+        meter.read(Counter(labels.tolist()))
     return Evidence(
         retained=retained,
-        labels=torch.tensor([int(sample[1]) for sample in samples]),
-        answers=retained_answers(_logits(model, retained), gone),
-        impressions=_learn_kinds(
-            model, split, per_class, KINDS, seed=seed, precision=precision, journal=journal, elsewhere=True
-        ),
+        labels=labels,
+        answers=answers,
+        impressions=impressions,
         forget_classes=split.forget_classes,
-        gone=gone,
-        refresh=retained_sample(split.retain, REFRESH_IMAGES, split.preprocessing, generator, repeat=False).images,
+        gone=split.gone,
+        refresh=retained_sample(split.retain, REFRESH_IMAGES, split.preprocessing, generator, repeat=False),
     )
 
 
@@ -200,7 +204,7 @@ def read_signals(
             statistics are kept, the model as it is looks more damaged than it is.
     """
     if refresh:
-        model = refreshed(model, evidence.refresh)
+        model = refreshed(model, evidence.refresh.images)
     logits = _logits(model, evidence.retained)
     masked = logits.clone()
     masked[:, list(evidence.gone)] = -torch.inf
@@ -311,18 +315,14 @@ def retained_sample(
     generator: torch.Generator,
     *,
     repeat: bool = True,
-    elsewhere: bool = False,
 ) -> TensorImages:
     """Return `count` samples as float model input, drawn at random (the first ones, of a stream).
 
     Where there are fewer, they are repeated, or with `repeat=False` each is returned once.
-
-    Args:
-        elsewhere: of a stream, take not the first ones but others, from a place drawn at random.
     """
     retain: Any = dataset
     if isinstance(retain, IterableDataset):
-        samples = list(itertools.islice(_elsewhere(retain, generator) if elsewhere else retain, count))
+        samples = list(itertools.islice(retain, count))
     else:
         order = torch.randperm(len(retain), generator=generator)[:count]
         samples = [retain[int(index)] for index in order]
@@ -332,19 +332,6 @@ def retained_sample(
     labels = torch.tensor([int(sample[1]) for sample in samples])
     index = torch.arange(count if repeat else len(samples)) % len(samples)
     return TensorImages(images[index], labels[index])
-
-
-def _elsewhere(stream: Any, generator: torch.Generator) -> Iterator[Any]:
-    """Yield the samples of a stream in another order: of ours shuffled anew; of others from around its middle on."""
-    if isinstance(stream, StreamedImages):
-        again = copy.copy(stream)
-        again.seed, again.shuffle = int(torch.randint(2**31, (), generator=generator)), True
-        yield from again
-        return
-    size = size_of(stream)
-    start = size // 4 + int(torch.randint(max(1, size - 2 * (size // 4)), (), generator=generator))
-    yield from itertools.islice(stream, start, None)
-    yield from itertools.islice(stream, start)
 
 
 @torch.no_grad()

@@ -240,6 +240,7 @@ class Lab:
         tuned = self._tuned(cell)
         settings = tuple(tuned["settings"]) if tuned else cell.settings
         config = override(PRESETS[cell.method][cell.preset](), settings)
+        reads = method.reads if tuned is None else method.reads - {"nothing"} | {"retain"}  # its settings hang on those
         unlearned, journal, cost = measured(
             lambda journal: method(
                 workspace.model, method.view(own_streams(split)), config, seed=cell.seed, journal=journal
@@ -255,7 +256,7 @@ class Lab:
             config=stated_config(cell.method, cell.preset, settings),
             cost=asdict(cost),
             tuned=tuned,
-            reads=tuple(sorted(method.reads)),
+            reads=tuple(sorted(reads)),
         )
 
     def _judged(self, cell: Cell, reference: Reference) -> Made:

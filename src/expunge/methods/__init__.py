@@ -39,7 +39,8 @@ UNSIR = Method(
     },
     reads=frozenset({"retain"}),
     source="Tarun et al., arXiv:2111.08947",
-    # rates that the calibration starts from: 0.02 and 0.01 are the notebook's, the others those of the presets here
+    # rates that the calibration starts from, a grid of our own around the default's; 0.02, and 0.01 of repair, are the
+    # notebook's
     space={"impair.lr": (0.002, 0.005, 0.01, 0.02), "repair.lr": (0.0015, 0.01)},
 )
 

@@ -22,7 +22,7 @@ from expunge.methods.common import BATCH, bears, both_samples, derived_seed, div
 from expunge.methods.registry import Method
 from expunge.models import reinitialized
 from expunge.schema import Split, TrainConfig
-from expunge.training import Objective, logits_of, train
+from expunge.training import Objective, answer, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ def two_teachers(
         with torch.no_grad():
             for teacher, taught in ((competent, ~forget), (incompetent, forget)):
                 if taught.any():
-                    answers[taught] = logits_of(teacher(batch.images[taught]))
+                    answers[taught] = answer(teacher, batch.images[taught])
         return divergence(answers, logits, temperature).mean()
 
     return objective

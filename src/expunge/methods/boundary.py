@@ -31,7 +31,7 @@ from expunge.methods.common import evaluating_norms, forget_samples
 from expunge.methods.registry import Method
 from expunge.randomness import seeded
 from expunge.schema import Preprocessing, Split, TrainConfig
-from expunge.training import Objective, device_of, logits_of, train
+from expunge.training import Objective, answer, device_of, train
 
 
 def _sgd(lr: float, steps: int = 790) -> TrainConfig:
@@ -171,7 +171,7 @@ def nearest_class(
     """
     with torch.enable_grad():
         moving = images.detach().clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(F.cross_entropy(logits_of(model(moving)), labels), moving)
+        (gradient,) = torch.autograd.grad(F.cross_entropy(answer(model, moving), labels), moving)
     with torch.no_grad():
         if preprocessing is None:
             attacked = images + bound * gradient.sign()
@@ -181,7 +181,7 @@ def nearest_class(
                 for values in (preprocessing.mean, preprocessing.std)
             )
             attacked = ((images * std + mean + bound * gradient.sign()).clamp(0.0, 1.0) - mean) / std
-        logits = logits_of(model(attacked)).clone()
+        logits = answer(model, attacked).clone()
         logits[:, list(closed)] = -torch.inf
         return logits.argmax(1)
 
@@ -244,7 +244,7 @@ def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
 def _check_widened(model: nn.Module, image: Tensor, shadow: int) -> None:
     width: object = None
     try:
-        width = logits_of(copy.deepcopy(model).eval()(image)).shape[1]
+        width = answer(copy.deepcopy(model).eval(), image).shape[1]
     except RuntimeError as error:  # something after the last layer takes the number of classes for granted
         width = error
     if width != shadow + 1:

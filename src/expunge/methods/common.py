@@ -1,10 +1,10 @@
-"""What several methods share: which samples are of a class to forget, both kinds mixed, distances, fresh weights."""
+"""What several methods share: forget samples, both kinds mixed, distances, fresh weights, the loss of noise."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -191,3 +191,25 @@ def fresh_copy(model: nn.Module, *, seed: int) -> nn.Module:
 def derived_seed(seed: int, *parts: int) -> int:
     """Return a seed for one part of a run, unlike those of its other parts."""
     return seed_of(seed, *(part + 1 for part in parts))  # to a seed sequence, zeros at the end are nothing
+
+
+# Noise
+
+
+def noise_objective(sign: float, penalty: float, *, summed: bool = False) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Return the loss (logits, labels, images) that noise minimizes: `sign` times cross-entropy, plus `penalty` times
+    the mean squared pixel.
+
+    Source: arXiv:2111.08947, equation 1, and arXiv:2201.05629. Averaged over images. The paper weighs the sum of
+    squares of an image; the mean (times channels * H * W for the same value) keeps its strength at any resolution.
+
+    Args:
+        sign: -1: the model shall err most about the class that an image is labelled with; 1: least.
+        summed: weigh the sum over pixels instead.
+    """
+
+    def objective(logits: Tensor, labels: Tensor, images: Tensor) -> Tensor:
+        size = images.square().flatten(1)
+        return sign * F.cross_entropy(logits, labels) + penalty * (size.sum(1) if summed else size.mean(1)).mean()
+
+    return objective

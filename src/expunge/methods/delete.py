@@ -27,7 +27,7 @@ from expunge.methods.common import evaluating_norms, forget_samples
 from expunge.methods.registry import Method
 from expunge.schema import Split, TrainConfig
 from expunge.signals import retained_answers
-from expunge.training import Objective, logits_of, train
+from expunge.training import Objective, answer, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ def masked_distillation(original: nn.Module, gone: Sequence[int]) -> Objective:
 
     def objective(logits: Tensor, batch: Batch) -> Tensor:
         with torch.no_grad():
-            taught = retained_answers(logits_of(original(batch.images)), tuple(gone))
+            taught = retained_answers(answer(original, batch.images), tuple(gone))
         return F.kl_div(logits.log_softmax(1), taught, reduction="batchmean")
 
     return objective

@@ -32,7 +32,7 @@ from expunge.methods.registry import Method
 from expunge.randomness import seeded
 from expunge.schema import Split
 from expunge.signals import retained_sample
-from expunge.training import device_of, logits_of
+from expunge.training import answer, device_of
 
 TINY = 1e-8  # added to the information before it is inverted
 
@@ -120,7 +120,7 @@ def fisher_diagonal(model: nn.Module, images: Tensor, meter: Meter | None = None
     total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     with torch.enable_grad():
         for image in images:
-            log_probabilities = logits_of(model(image.unsqueeze(0))).log_softmax(1)[0]
+            log_probabilities = answer(model, image.unsqueeze(0)).log_softmax(1)[0]
             for log_probability in log_probabilities:
                 gradients = torch.autograd.grad(
                     log_probability, list(parameters.values()), retain_graph=True, allow_unused=True

@@ -29,12 +29,12 @@ from expunge.methods.checks import check_split
 from expunge.methods.common import forget_samples
 from expunge.methods.registry import Method
 from expunge.schema import Split, TrainConfig
-from expunge.training import Objective, logits_of, train
+from expunge.training import Objective, answer, train
 
 
 def _sgd(lr: float, batch_size: int = 128) -> TrainConfig:
-    """One pass of plain SGD: algorithm 1, and forget_full_class_main.py."""
-    return TrainConfig(epochs=1, lr=lr, batch_size=batch_size, optimizer="sgd", momentum=0.0)
+    """One pass of plain SGD: algorithm 1, and forget_full_class_main.py. In bf16 a slope would be mostly rounding."""
+    return TrainConfig(epochs=1, lr=lr, batch_size=batch_size, optimizer="sgd", momentum=0.0, precision="fp32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ def smoothing(model: nn.Module, deviation: float, perturbations: int) -> Objecti
         for _ in range(perturbations):
             noisy = (batch.images + deviation * torch.randn_like(batch.images)).clamp(lowest, highest)
             with torch.no_grad():
-                answers = logits_of(model(noisy))
+                answers = answer(model, noisy)
             total = total + slope(logits, answers, batch.images, noisy).sum()
         return total / perturbations
 

@@ -22,7 +22,7 @@ from expunge.methods.common import BATCH, batches, both_samples, forget_samples,
 from expunge.methods.random_labels import random_label_loss
 from expunge.methods.registry import Method
 from expunge.schema import Split, TrainConfig
-from expunge.training import device_of, logits_of, train
+from expunge.training import answer, device_of, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ def forget_gradients(model: nn.Module, split: Split, *, journal: Journal | None 
     named = {name: parameter for name, parameter in frozen.named_parameters() if parameter.requires_grad}
     with (journal or Journal()).phase("saliency", steps=None) as meter, torch.enable_grad():
         for batch in batches(forget_samples(split), split.preprocessing, device_of(frozen), size=BATCH):
-            loss = F.cross_entropy(logits_of(frozen(batch.images)), batch.labels, reduction="sum")
+            loss = F.cross_entropy(answer(frozen, batch.images), batch.labels, reduction="sum")
             loss.backward()  # type: ignore[no-untyped-call]
             meter.step(samples=len(batch.labels))
             meter.read(Counter(batch.labels.tolist()))

@@ -22,7 +22,7 @@ from expunge.methods.checks import check_split
 from expunge.methods.common import derived_seed, divergence, forget_samples, sgd
 from expunge.methods.registry import Method
 from expunge.schema import Split, TrainConfig
-from expunge.training import Objective, logits_of, train
+from expunge.training import Objective, answer, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ def disobey(teacher: nn.Module, temperature: float) -> Objective:
 
     def objective(logits: Tensor, batch: Batch) -> Tensor:
         with torch.no_grad():
-            answers = logits_of(teacher(batch.images))
+            answers = answer(teacher, batch.images)
         return -divergence(answers, logits, temperature).mean()
 
     return objective
@@ -127,7 +127,7 @@ def obey(teacher: nn.Module, config: ScrubConfig) -> Objective:
 
     def objective(logits: Tensor, batch: Batch) -> Tensor:
         with torch.no_grad():
-            answers = logits_of(teacher(batch.images))
+            answers = answer(teacher, batch.images)
         distance = divergence(answers, logits, config.temperature).mean()
         return config.distil_weight * distance + config.label_weight * F.cross_entropy(logits, batch.labels)
 

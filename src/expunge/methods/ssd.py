@@ -33,7 +33,7 @@ from expunge.methods.common import batches, both_samples, derived_seed, forget_s
 from expunge.methods.registry import Method
 from expunge.randomness import seeded
 from expunge.schema import Preprocessing, Split
-from expunge.training import device_of, logits_of
+from expunge.training import answer, device_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +133,7 @@ def importance(
     count = 0
     for batch in batches(dataset, preprocessing, device_of(model), size=batch_size):
         with torch.enable_grad():
-            loss = F.cross_entropy(logits_of(model(batch.images)), batch.labels)
+            loss = F.cross_entropy(answer(model, batch.images), batch.labels)
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         for name, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:

@@ -36,7 +36,7 @@ from expunge.methods.registry import Method
 from expunge.randomness import seeded
 from expunge.schema import Split
 from expunge.signals import retained_sample
-from expunge.training import device_of, evaluating, predict
+from expunge.training import answer, device_of, evaluating, predict
 
 RETAIN_SCALES = (10.0, 30.0, 100.0, 300.0, 1000.0)
 """Scalings of the retain space that are tried; scripts/analysis/our_hyper_parameter_tuning.sh."""
@@ -245,7 +245,7 @@ def input_spaces(
         with evaluating(model), seeded(seed):
             for images, labels in _batches(samples):
                 share = len(images) / len(samples)
-                model(images.to(device))
+                answer(model, images.to(device))
                 if meter is not None:
                     meter.step(samples=len(images))
                     meter.read(Counter(labels.tolist()))

@@ -23,6 +23,7 @@ from expunge.data import TensorImages, count_labels, hold_out, labels_of
 from expunge.errors import DivergedError, InputError
 from expunge.journal import Journal
 from expunge.methods.checks import check_zero_glance, first_image
+from expunge.methods.common import noise_objective
 from expunge.randomness import seeded
 from expunge.schema import CalibrationReport, LearnedImages, Sample, Signals, Split, TrainConfig
 from expunge.signals import (
@@ -34,7 +35,7 @@ from expunge.signals import (
     read_signals,
     retained_answers,
 )
-from expunge.training import Objective, has_running_statistics, logits_of, predict, train
+from expunge.training import Objective, answer, has_running_statistics, predict, train
 
 NOTEBOOK_DEFECTS = {
     "three_noise_images": "of each class's noise only as many images as an image has channels are used",
@@ -265,22 +266,6 @@ def learn_noise(
     return _learn_noise(frozen, split, config, seed=seed, journal=journal)
 
 
-def noise_objective(logits: Tensor, labels: Tensor, images: Tensor, penalty: float, *, summed: bool = False) -> Tensor:
-    """Return the loss that noise minimizes: minus cross-entropy plus `penalty` times the mean squared pixel.
-
-    Source: arXiv:2111.08947, equation 1. Averaged over images. The paper weighs the sum of squares of an image;
-    the mean (times channels * H * W for the same value) keeps its strength at any resolution.
-
-    Args:
-        logits: (N, C) of the frozen model on `images`.
-        labels: (N,) int64, the class each image shall be mistaken about.
-        images: (N, channels, H, W).
-        summed: weigh the sum over pixels instead.
-    """
-    size = images.square().flatten(1)
-    return -F.cross_entropy(logits, labels) + penalty * (size.sum(1) if summed else size.mean(1)).mean()
-
-
 def impair(
     model: nn.Module,
     split: Split,
@@ -502,7 +487,7 @@ def distil_retained(
         open_ones = torch.isnan(taught[:, 0])
         if open_ones.any():
             with torch.no_grad():
-                known = logits_of(original(batch.images[open_ones]))
+                known = answer(original, batch.images[open_ones])
                 answers = taught_answers(known, batch.labels[open_ones], gone, temperature, label_weight)
             taught = taught.index_put((open_ones.nonzero().flatten(),), answers)
         raised = torch.zeros(logits.shape[1], device=logits.device)
@@ -722,7 +707,9 @@ class _Calibrated:
         return self._gone(signals), -signals.retain_divergence
 
     def _read(self, model: nn.Module, phase: str, step: int, *, refresh: bool = False) -> Signals:
-        signals = read_signals(model, self.evidence, phase=phase, step=step, refresh=refresh)
+        with self.journal.phase("signals", steps=None, shown=False) as meter:
+            signals = read_signals(model, self.evidence, phase=phase, step=step, refresh=refresh)
+            self.evidence.count(meter, refresh=refresh)
         self.journal.signal(signals)
         return signals
 
@@ -834,9 +821,7 @@ def _learn_noise(
                 model,
                 start[chosen],
                 labels[chosen],
-                lambda logits, targets, noise: noise_objective(
-                    logits, targets, noise, config.noise_penalty, summed=summed
-                ),
+                noise_objective(-1.0, config.noise_penalty, summed=summed),
                 lr=config.noise_lr,
                 steps=config.noise_steps,
                 precision=config.impair.precision,
