@@ -54,6 +54,7 @@ class Case:
     batch_size: int = 256
     train_per_class: int | None = None  # images of each class the original and the references are trained on
     retain_per_class: int | None = 1000
+    size: tuple[int, int] | None = None  # images are brought to, where not to what the model asks for
     rare: tuple[int, ...] = ()  # retained classes of which one image in fifty is kept
     sequence: bool = False  # forget the sets one after the other, each from the result of the one before
     relearn: bool = False
@@ -89,7 +90,7 @@ CASES = {
     "mobilenet-small": replace(SMALL, model="torchvision:mobilenet_v2", sets=((0,), (0, 2)), references=((0,), (0, 2))),
     "allcnn-small": replace(SMALL, model="allcnn", sets=((0,), (0, 2)), references=((0,), (0, 2)), train_per_class=500),
     **{
-        f"{name}-unseen": replace(SMALL, model=model, sets=((3,), (1, 8)), references=((3,), (1, 8)))
+        f"{name}-unseen": replace(SMALL, model=model, size=(32, 32), sets=((3,), (1, 8)), references=((3,), (1, 8)))
         for name, model in UNSEEN.items()
     },
     "cifar100-small": Case(
@@ -162,7 +163,9 @@ def run(name: str, case: Case, preset: str, seed: int, options: argparse.Namespa
 
 def data_of(case: Case, options: argparse.Namespace) -> DataOptions:
     return DataOptions(
-        spec=str(options.data / case.data), label_column="fine_label" if case.data == "cifar100" else None
+        spec=str(options.data / case.data),
+        label_column="fine_label" if case.data == "cifar100" else None,
+        size=case.size,
     )
 
 

@@ -13,6 +13,7 @@ from expunge.models import build_model, check_model, parse_model, takes_channels
 from expunge.schema import Preprocessing
 from expunge.training import logits_of
 from expunge.weights import apply_weights, load_weights
+from expunge.workspace import DataOptions, open_workspace
 
 VIT = "timm:vit_tiny_patch16_224?img_size=32&depth=1"
 
@@ -202,6 +203,25 @@ def test_models_that_are_not_there(text: str, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         build_model(parse_model(text), num_classes=4, channels=3)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "said"),
+    [
+        (
+            "timm:resnet10t",
+            None,
+            ["images of 8 x 8 are enlarged to 176 x 176, as timm states for resnet10t: 484 times"],
+        ),
+        ("timm:resnet10t", (8, 8), []),
+        ("timm:vit_tiny_patch16_224?img_size=8&depth=1&patch_size=4", None, []),
+        ("allcnn", None, []),
+    ],
+)
+def test_many_pixels_made_of_few_are_told(model: str, size: tuple[int, int] | None, said: list[str]) -> None:
+    notes = open_workspace(DataOptions(spec="digits", size=size), model, None, seed=0).notes
+    assert len(notes) == len(said)
+    assert all(note.startswith(start) for note, start in zip(notes, said, strict=True))
 
 
 def test_zoo_preprocessing_of_timm() -> None:

@@ -157,7 +157,8 @@ def train(
             say(
                 Console(highlight=False),
                 Text(
-                    f"Test accuracy {metadata.training['test_accuracy']:.1%} after {epochs} epochs, "
+                    f"Test accuracy {metadata.training['test_accuracy']:.1%} after "
+                    f"{epochs} epoch{'' if epochs == 1 else 's'}, "
                     f"{metadata.training['seconds']:.0f} s{never}\nWrote {out}"
                 ),
             )

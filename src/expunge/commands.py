@@ -167,6 +167,7 @@ def train_command(
         staged = stage(table, preprocessing, skip_bad=data.skip_bad, seed=seed, held=data.memory)
         test = stage(held_out, preprocessing, skip_bad=data.skip_bad, shuffle=False, held=data.memory)
         meter.samples = len(staged.dataset) + len(test.dataset)
+        meter.note = "; ".join(workspace.notes)
     if not len(staged.dataset) or not len(test.dataset):
         raise InputError(f"expected images that can be decoded in {data.spec!r}, to train and to test on, found none")
     checkpoint = out.with_name(out.name + ".resume")

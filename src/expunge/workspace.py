@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -144,6 +145,8 @@ def open_workspace(
             ) from error
     preprocessing = _preprocessing(data, metadata, spec, network, readable, channels)
     check_model(network, preprocessing, len(source.class_names))
+    if data.size is None and metadata.preprocessing is None:
+        notes += _enlarged(native_size(readable), preprocessing, spec)
     network = network.to(pick_device(device))
     return Workspace(
         source, test, test_from, spec, network, preprocessing, metadata, left_out, tuple(sorted(before)), tuple(notes)
@@ -214,6 +217,18 @@ def align(source: Source, names: Sequence[str] | None) -> tuple[Source, list[str
         absent = [name for name in names if name not in own]
         return aligned, [f"the data has no images of {', '.join(absent[:6])}{', ...' if len(absent) > 6 else ''}"]
     return aligned, ["the data lists its classes in another order than the model: matched by name"]
+
+
+def _enlarged(native: tuple[int, int] | None, preprocessing: Preprocessing, spec: ModelSpec) -> list[str]:
+    """Return what to say where a zoo's size makes many pixels of few, and so much work of little."""
+    times = math.prod(preprocessing.size) / math.prod(native) if native is not None else 1.0
+    if native is None or times < 4:
+        return []
+    (height, width), (own_height, own_width) = preprocessing.size, native
+    return [
+        f"images of {own_height} x {own_width} are enlarged to {height} x {width}, as {preprocessing.source} states "
+        f"for {spec.name}: {times:.0f} times the pixels; --size {own_height}x{own_width} leaves them as they are"
+    ]
 
 
 def _preprocessing(
