@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 class TinyMaps(TorchFunctionMode):
     """While active, `torch.nn.functional.conv2d` on a map with no more places than taps is one matrix product.
 
-    The same sums without the terms that are zero: equal up to rounding. Other calls go through as they are.
+    The same sums without the terms that are zero: equal up to rounding. Other calls go through as they are, and those
+    of one image, for which laying out the weights takes longer than what is saved.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -42,6 +43,8 @@ def _as_product(
     """Return conv2d of these arguments, (N, out, height, width), or None where it is not to be done here."""
     # checked first, as every convolution of a network comes through here
     if groups != 1 or isinstance(padding, str) or input.ndim != 4 or input.shape[2] * input.shape[3] > MOST_PLACES:
+        return None
+    if len(input) == 1:
         return None
     rows, columns = (
         _Axis.of(input.shape[axis], weight.shape[axis], *(_on(value, axis) for value in (stride, padding, dilation)))
