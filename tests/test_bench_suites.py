@@ -32,7 +32,7 @@ from expunge.journal import Journal
 from expunge.methods import METHODS
 from expunge.report.rerun import rerun_bench
 from expunge.schema import Phase, Split, TrainConfig
-from expunge.weights import Metadata, save_weights
+from expunge.weights import Metadata, load_weights, save_weights
 from expunge.workspace import DataOptions
 from test_bench_runner import NET, tiny_cells
 from test_cli import write_digits
@@ -376,6 +376,85 @@ def test_a_failed_cell_leaves_with_1(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert result.exit_code == 1
     assert "FAILED: ArithmeticError: no" in result.stderr
     assert "--retry-failed" in result.stdout
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Those of `NET`, which a file beside them builds."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "net.py").write_text(NET)
+    commands.train_command(
+        DataOptions(spec="digits"), f"{folder / 'net.py'}:net", folder / "w.safetensors",
+        config=TrainConfig(epochs=1, batch_size=64),
+    )  # fmt: skip
+    return folder / "w.safetensors"
+
+
+def test_code_that_weights_name_is_not_run(tmp_path: Path, weights: Path) -> None:
+    words = ["own", "--data", "digits", "--weights", str(weights), "--classes", "3", "--methods", "none"]
+    result = invoke(*words, "--out", str(tmp_path / "out"))
+    assert result.exit_code == 2
+    assert "whose code would be run: confirm it with --model" in result.stderr
+
+
+def test_other_data_or_another_model_of_the_same_name_is_another_cell(tmp_path: Path, weights: Path) -> None:
+    def ids(data: Path, model: Path) -> set[str]:
+        request = Request(
+            data=DataOptions(spec=str(data)),
+            model=f"{model}:net",
+            weights=weights,
+            classes=(("3",),),
+            methods=("none",),
+        )
+        return {cell.id for cell in suite_cells("own", request)}
+
+    first, other = (tmp_path / name / "numbers" for name in "ab")
+    for folder in (first, other):
+        write_digits(folder, (3, 4))
+    changed = next(path for path in sorted(other.rglob("*.png")))
+    changed.write_bytes(sorted(other.rglob("*.png"))[-1].read_bytes())
+    net, edited = weights.with_name("net.py"), tmp_path / "net.py"
+    edited.write_text(NET + "# other code\n")
+    assert ids(first, net) == ids(first, net)
+    assert not ids(first, net) & ids(other, net)
+    assert not ids(first, net) & ids(first, edited)
+
+
+def test_mistakes_are_told_before_the_work(tmp_path: Path, weights: Path) -> None:
+    words = ["own", "--data", "digits", "--weights", str(weights), "--methods", "none,none", "--seeds", "1"]
+    own, out = ["--model", f"{weights.with_name('net.py')}:net"], tmp_path / "out"
+    for more, message in (
+        ([*own, "--classes", "3", "--device", "nodev"], "cannot use device 'nodev'"),
+        (["--model", "net.py:net", "--classes", "3"], "no model file at 'net.py'"),
+        (["--model", "allcnn", "--classes", "3"], "do not fit the model"),
+        ([*own, "--classes", "1,8", "--classes", "8,1"], "1,8 and 8,1 are the same classes"),
+    ):
+        result = invoke(*words, *more, "--out", str(out))
+        assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.stderr
+        assert message in result.stderr
+        assert not out.exists()
+    assert invoke(*words, *own, "--classes", "3", "--out", str(out), "--dry-run").stdout.count("-none-") == 1
+
+
+def test_files_of_half_a_copy(tmp_path: Path, weights: Path) -> None:
+    out = tmp_path / "out"
+    words = ["own", "--data", "digits", "--weights", str(weights), "--classes", "3", "--seeds", "1", "--epochs", "1"]
+    words += ["--model", f"{weights.with_name('net.py')}:net", "--retain-per-class", "10", "--out", str(out)]
+    assert invoke(*words, "--methods", "none").exit_code == 0
+    (made,) = out.glob("models/*/weights.safetensors")
+    whole, before = made.read_bytes(), {name: value.clone() for name, value in load_weights(made)[0].items()}
+    made.write_bytes(whole[:-1])
+    assert invoke(*words, "--methods", "none,head_mask").exit_code == 0
+    after = load_weights(made)[0]  # trained again
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    (record,) = out.glob("cells/*-none-*/record.json")
+    record.write_text(record.read_text()[:800])
+    result = invoke(*words, "--methods", "none")
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1
+    assert f"{record} is no whole record" in result.stderr
+    record.unlink()
+    assert invoke(*words, "--methods", "none").exit_code == 0
 
 
 def test_a_list_given_twice_adds_to_itself(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 from expunge import cli, commands, data, weights
-from expunge.errors import InputError
+from expunge.errors import DivergedError, InputError
+from expunge.journal import Journal
 from expunge.methods import METHODS
 from expunge.schema import Split, TrainConfig
 from expunge.weights import Metadata, load_weights
@@ -129,7 +130,7 @@ def test_train(tmp_path: Path, trained: Trained) -> None:
     refuse("unknown class 'zero'", tmp_path, *words, "--out", str(out))
     result = invoke(*words[:-1], "3,0", "--out", str(out))
     assert result.exit_code == 0, result.stderr
-    assert "after 1 epochs" in result.stdout
+    assert "after 1 epoch," in result.stdout
     assert list(tmp_path.iterdir()) == [out]
     metadata = load_weights(out)[1]
     assert (metadata.model, metadata.never_seen) == (trained.model, ("0", "3"))
@@ -765,3 +766,22 @@ def test_precision_is_of_every_training_and_in_the_record(trained: Trained, tmp_
     refuse("expected precision auto, fp32 or bf16, got 'half'", out, *trained.arguments(out, "--precision", "half"))
     nothing = trained.arguments(out, "--precision", "bf16", "--method", "none")
     refuse("none trains nothing that could be done in bf16", out, *nothing)
+
+
+def test_a_diverged_training_leaves_nothing_to_go_on_with(tmp_path: Path) -> None:
+    out = tmp_path / "w.safetensors"
+    with pytest.raises(DivergedError):
+        commands.train_command(
+            DataOptions(spec="digits"), "allcnn?width=4", out, per_class=20, config=TrainConfig(epochs=2, lr=1e30)
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_train_says_what_it_went_without(tmp_path: Path) -> None:
+    data, journal = write_digits(tmp_path / "data", (3, 4), each=20), Journal()
+    (data / "5").mkdir()
+    next((data / "4").iterdir()).write_bytes(b"no picture")
+    options = DataOptions(spec=str(data), skip_bad=True)
+    config = TrainConfig(epochs=1, batch_size=8)
+    commands.train_command(options, "allcnn?width=4", tmp_path / "w.safetensors", config=config, journal=journal)
+    assert journal.phases[0].note == "no image of 5 to train on; left out 1 images that cannot be decoded"

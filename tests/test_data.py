@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from expunge.data import (
     count_labels,
     decode,
     draw,
+    fingerprint,
     hold_out,
     measure_statistics,
     missing_classes,
@@ -68,6 +70,64 @@ def table_of(labels: Sequence[int], *, starts: Sequence[int] | None = None) -> I
         name=lambda row: f"image {row}",
         starts=None if starts is None else np.array(starts),
     )
+
+
+def test_a_folder_that_cannot_be_read_is_no_empty_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, scandir = write_folders(tmp_path / "pets", {"cat": 2, "dog": 2}), os.scandir
+
+    def closed(path: Any) -> Any:
+        if str(path).endswith("dog"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(PermissionError, match="dog"):
+        open_source(str(root))
+
+
+def test_a_class_name_that_is_not_utf8(tmp_path: Path) -> None:
+    write_folders(tmp_path, {"cat": 1, os.fsdecode(b"c\xe4r"): 1})
+    with pytest.raises(InputError, match="expected folder names in UTF-8"):
+        open_source(str(tmp_path))
+
+
+def test_a_class_called_train(tmp_path: Path) -> None:
+    write_folders(tmp_path, {"bus": 1, "car": 1, "train": 1})
+    with pytest.raises(InputError, match="'train' was taken for the train split: rename it, if it is a class"):
+        open_source(str(tmp_path))
+
+
+def test_a_folder_with_letters_of_a_pattern_in_its_name(tmp_path: Path) -> None:
+    folder = tmp_path / "[x]*"
+    folder.mkdir()
+    pq.write_table(pa.table({"image": [png(1), png(2)], "label": [0, 1]}), folder / "train.parquet")
+    assert len(open_source(str(folder)).train) == 2
+
+
+def test_grey_only_where_all_are() -> None:
+    def images(*modes: str) -> ImageTable:
+        pictures = [Image.new(mode, (4, 4)) for mode in modes]
+        return ImageTable(np.zeros(len(modes), dtype=np.int64), lambda rows: (pictures[r] for r in rows), str)
+
+    assert [native_channels(images(*modes)) for modes in (("L", "1"), ("L", "RGB"), ("RGB", "L"))] == [1, 3, 3]
+
+
+def test_pixels_of_no_known_range_are_named_and_can_be_skipped() -> None:
+    image = Image.new("F", (4, 4))
+    with pytest.raises(InputError, match=r"got mode 'F' \(dog/0.tiff\): convert it, or pass --skip-bad"):
+        decode(image, RGB4, "dog/0.tiff")
+    assert decode(image, RGB4, "dog/0.tiff", skip_bad=True) is None
+
+
+def test_a_fingerprint_tells_data_of_one_name_apart(tmp_path: Path) -> None:
+    first, same, other, moved = (tmp_path / name for name in "abcd")
+    for root in (first, same, other, moved):
+        write_folders(root, {"cat": 2, "dog": 2})
+    (other / "dog" / "1.png").write_bytes(png(9))
+    (moved / "dog" / "1.png").rename(moved / "cat" / "2.png")
+    found = [fingerprint(open_source(str(root))) for root in (first, same, other, moved)]
+    assert found[0] == found[1]
+    assert len(set(found)) == 3
 
 
 def write_folders(root: Path, counts: dict[str, int]) -> Path:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sqlite3
-import stat
 import subprocess
 import sys
 from itertools import pairwise
@@ -252,11 +250,32 @@ def test_a_ledger_that_cannot_be_used_is_refused_before_the_work(tmp_path: Path,
     refuse("expected --records with --check", None, "log", "--ledger", str(path), "--records", str(tmp_path))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes to read-only files")
-def test_a_read_only_ledger(filled: Path) -> None:
-    filled.chmod(stat.S_IREAD)
-    with pytest.raises(InputError, match="cannot write the ledger"):
-        ledger.check_usable(filled)
+@pytest.fixture
+def read_only(filled: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A ledger opened as one that cannot be written to is, by root too."""
+    connect = sqlite3.connect
+
+    def opened(path: Any, **options: Any) -> sqlite3.Connection:
+        found: sqlite3.Connection = connect(
+            path if options.get("uri") else f"file:{path}?mode=ro", **(options | {"uri": True})
+        )
+        return found
+
+    monkeypatch.setattr(sqlite3, "connect", opened)
+    return filled
+
+
+def test_a_read_only_ledger(read_only: Path) -> None:
+    with pytest.raises(InputError, match=r"cannot write the ledger .*readonly"):
+        ledger.check_usable(read_only)
+
+
+def test_an_entry_that_cannot_be_written_leaves_no_files(
+    tmp_path: Path, trained: Trained, read_only: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("expunge.commands.check_usable", lambda _: None)  # it became so meanwhile
+    out = tmp_path / "out"
+    refuse("cannot write the ledger", out, *words(trained, out, "--ledger", str(read_only)))
 
 
 def test_a_copy_elsewhere_is_the_same_ledger(filled: Path, tmp_path: Path) -> None:

@@ -938,3 +938,7 @@ def _print_file(written: Sequence[Path]) -> None:
     """Print the record that is among the files a command wrote, as it is there."""
     path = next(path for path in written if path.name in ("record.json", "bench.json"))
     typer.echo(path.read_text(encoding="utf-8"), nl=False)
+
+
+if __name__ == "__main__":  # of old, launchers were told to start this module
+    main()

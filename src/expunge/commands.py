@@ -35,7 +35,7 @@ from expunge.data import (
     stage,
     without,
 )
-from expunge.errors import InputError
+from expunge.errors import DivergedError, InputError
 from expunge.evaluation import evaluate
 from expunge.files import bytes_writer, digest, json_text, json_writer, write_atomically
 from expunge.journal import Journal
@@ -167,22 +167,31 @@ def train_command(
         staged = stage(table, preprocessing, skip_bad=data.skip_bad, seed=seed, held=data.memory)
         test = stage(held_out, preprocessing, skip_bad=data.skip_bad, shuffle=False, held=data.memory)
         meter.samples = len(staged.dataset) + len(test.dataset)
-        meter.note = "; ".join(workspace.notes)
+        absent = missing_classes(
+            count_labels(staged.dataset), sorted({*range(len(workspace.class_names))} - {*never}), workspace.class_names
+        )
+        told = [f"no image of {', '.join(absent)} to train on"] if absent else []
+        told += [f"left out {bad:,} images that cannot be decoded"] if (bad := staged.num_bad + test.num_bad) else []
+        meter.note = "; ".join([*workspace.notes, *told])
     if not len(staged.dataset) or not len(test.dataset):
         raise InputError(f"expected images that can be decoded in {data.spec!r}, to train and to test on, found none")
     checkpoint = out.with_name(out.name + ".resume")
     phase = "train" + (f" without {', '.join(workspace.class_names[label] for label in never)}" if never else "")
-    train(
-        workspace.model,
-        staged.dataset,
-        config,
-        seed=seed,
-        preprocessing=preprocessing,
-        journal=journal,
-        phase=phase,
-        checkpoint=checkpoint,
-        identity=f"{workspace.spec.text} {preprocessing} {data.spec} {count_labels(staged.dataset)}",
-    )
+    try:
+        train(
+            workspace.model,
+            staged.dataset,
+            config,
+            seed=seed,
+            preprocessing=preprocessing,
+            journal=journal,
+            phase=phase,
+            checkpoint=checkpoint,
+            identity=f"{workspace.spec.text} {preprocessing} {data.spec} {count_labels(staged.dataset)}",
+        )
+    except DivergedError:
+        checkpoint.unlink(missing_ok=True)  # it would again, and another rate is another training
+        raise
     answers = predict(workspace.model, test.dataset, preprocessing=preprocessing, journal=journal, phase="test")
     metadata = Metadata(
         model=workspace.spec.text,
@@ -508,11 +517,11 @@ def _keep(
         content = seal(as_json(replace(record, provenance=made)))
         writers = {out / name: bytes_writer(held) for name, held in files.items()}
         writers |= {out / "record.json": json_writer(content), out / "report.html": html_writer(content, pictures)}
+        if entry is not None:  # before there are files that say so; it counts once this block is left
+            entry.append(ledger_entry(content, out))
         write_atomically(writers)
         for name in {SIGNATURE, IMAGES} - set(files):
             (out / name).unlink(missing_ok=True)  # of what was there before
-        if entry is not None:
-            entry.append(ledger_entry(content, out))
     paths = [*writers]
     if keep.key is not None:
         paths.append(sign_folder(out, signed_names(content), keep.key, keep.password))

@@ -6,6 +6,7 @@ decoded. So the images of a class to forget are left alone unless evaluation ask
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import os
@@ -276,6 +277,18 @@ def open_source(
     return Source(spec, names, train, test, named=named, mirror_safe=spec != "digits", has_columns=has_columns)
 
 
+def fingerprint(source: Source) -> str:
+    """Return what tells data from other data of its name, wherever it lies: a hash of classes, labels, some images."""
+    content = hashlib.sha256(repr(source.class_names).encode())
+    for table in (source.train, source.test):
+        if table is not None:
+            content.update(table.labels.tobytes())
+            for payload in table.read(_evenly(table, 64).rows):
+                stored = payload.read_bytes() if isinstance(payload, Path) else payload
+                content.update(stored if isinstance(stored, bytes) else np.asarray(stored).tobytes())
+    return content.hexdigest()
+
+
 def with_test_split(source: Source) -> tuple[Source, ImageTable]:
     """Return the source and its test table; where it has none, a fifth of each class is cut off, always the same."""
     if source.test is not None:
@@ -312,6 +325,15 @@ def _open_folders(folder: Path) -> Opened:
     names = tuple(
         sorted({p.name for part in parts.values() for p in part.iterdir() if p.is_dir() and not _hidden(p.name)})
     )
+    for name in names:
+        if not name.isascii() and any(0xD800 <= ord(letter) <= 0xDFFF for letter in name):
+            raise InputError(f"expected folder names in UTF-8 in {str(folder)!r}, got {name!r}: rename it")
+    if not names and parts["train"] != folder:
+        name = parts["train"].name
+        raise InputError(
+            f"expected one sub-folder of images a class in {str(parts['train'])!r}, found none; {name!r} was taken for "
+            "the train split: rename it, if it is a class"
+        )
     if not names:
         raise InputError(f"expected one sub-folder of images a class (or parquet files) in {str(folder)!r}, found none")
     return {name: _folder_table(part, names) for name, part in parts.items()}, names, True
@@ -329,7 +351,7 @@ def _folder_table(folder: Path, names: tuple[str, ...]) -> ImageTable:
     files = [
         (path, label)
         for label, name in enumerate(names)
-        for path in sorted((folder / name).rglob("*"))
+        for path in _files_below(folder / name)
         if path.suffix.lower() in IMG_EXTENSIONS and not any(map(_hidden, path.relative_to(folder).parts))
     ]
     return ImageTable(
@@ -337,6 +359,21 @@ def _folder_table(folder: Path, names: tuple[str, ...]) -> ImageTable:
         read=lambda rows: (files[row][0] for row in rows),
         name=lambda row: str(files[row][0]),
     )
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """Return the files in a folder and its sub-folders, sorted; none where it is not there.
+
+    Raises:
+        OSError: one of them cannot be looked into.
+    """
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):  # of two splits one may lack a class
+            raise error
+
+    found = os.walk(folder, onerror=refuse)
+    return sorted(Path(place) / name for place, _, names in found for name in names)
 
 
 def _hidden(name: str) -> bool:
@@ -382,7 +419,7 @@ def _find_shards(spec: str) -> _Shards | None:
 
     try:
         system, root = fsspec.core.url_to_fs(spec)
-        pattern = any(letter in root for letter in "*?[")
+        pattern = any(letter in root for letter in "*?[") and not system.exists(root)
         paths = sorted(system.glob(root) if pattern else [root] if system.isfile(root) else _below(system, root))
     except Exception as error:  # each cloud's client raises its own kinds
         raise InputError(f"cannot list the data at {spec!r}: {first_line(error)}") from error
@@ -909,15 +946,22 @@ def _evenly(table: ImageTable, most: int) -> ImageTable:
     return table.select(np.unique(np.linspace(0, len(table) - 1, min(len(table), most)).astype(np.int64)))
 
 
+GREY = {"1", "L", "I", "I;16", "F"}
+"""Modes of Pillow for images of one channel."""
+
+
 def native_channels(table: ImageTable) -> int:
-    """Return 1 where the first image that can be decoded is grey, else 3."""
+    """Return 1 where those of 64 images that can be decoded are all grey, else 3."""
     rows = _evenly(table, 64).rows
+    modes = set()
     for row, payload in zip(rows, table.read(rows), strict=True):
         try:
-            return 1 if _open_image(payload, table.name(int(row))).mode in ("1", "L", "I", "I;16", "F") else 3
+            modes.add(_open_image(payload, table.name(int(row))).mode)
         except InputError:
             continue
-    return 3
+        if not modes <= GREY:
+            return 3
+    return 1 if modes else 3
 
 
 def _open_image(payload: Any, name: str) -> Image.Image:
@@ -953,12 +997,12 @@ def decode(payload: Any, preprocessing: Preprocessing, name: str, *, skip_bad: b
     None for an image that cannot be decoded, where `skip_bad`; else InputError, which names it.
     """
     try:
-        image = _open_image(payload, name)
+        image = to_8_bits(_open_image(payload, name), name)
     except InputError:
         if skip_bad:
             return None
         raise
-    image = to_8_bits(image).convert("L" if preprocessing.channels == 1 else "RGB")
+    image = image.convert("L" if preprocessing.channels == 1 else "RGB")
     height, width = preprocessing.size
     if image.size != (width, height):
         scale = max(width / image.width, height / image.height)
@@ -970,7 +1014,7 @@ def decode(payload: Any, preprocessing: Preprocessing, name: str, *, skip_bad: b
     return pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
 
 
-def to_8_bits(image: Image.Image) -> Image.Image:
+def to_8_bits(image: Image.Image, name: str = "an image") -> Image.Image:
     """Return an image whose pixels are 8 bits deep; 16-bit grey is scaled down.
 
     Raises:
@@ -979,7 +1023,10 @@ def to_8_bits(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise InputError(f"expected images of 8 or 16 bits a channel, got mode {image.mode!r}: convert them first")
+        raise InputError(
+            f"expected images of 8 or 16 bits a channel, got mode {image.mode!r} ({name}): convert it, or pass "
+            "--skip-bad"
+        )
     return image
 
 

@@ -106,7 +106,9 @@ def evaluate(
     subjects = {"before": first, "after": second} | ({"retrained": others[0]} if others else {})
     metrics: dict[str, Any] = {}
     for role, subject in subjects.items():
-        metrics[role] = measures(subject.answers(split.test, phase=f"evaluate {role}"), split)
+        metrics[role] = measures(
+            subject.answers(split.test, phase=f"evaluate {role}"), split, of=f"the {subject.role} model"
+        )
         if split.forget is not None:
             seen = subject.answers(split.forget, phase=f"evaluate {role}{ON_TRAINING}")
             metrics[role]["forget_train_accuracy"] = accuracy(seen.logits, seen.labels)
@@ -271,13 +273,13 @@ def _confusions(
         }
 
 
-def measures(answers: Predictions, split: Split) -> dict[str, Any]:
+def measures(answers: Predictions, split: Split, *, of: str = "the model") -> dict[str, Any]:
     """Return what one model's answers on the test set say; keys as documented in docs/record.md."""
     logits, labels = answers.logits, answers.labels
     if split.class_names and len(split.class_names) != logits.shape[1]:
         raise InputError(f"expected {logits.shape[1]} class names, one a logit, got {len(split.class_names)}")
     if not torch.isfinite(logits).all():
-        raise InputError("the model gives NaN or infinite logits: it cannot be measured")
+        raise InputError(f"{of} gives NaN or infinite logits: it cannot be measured")
     forget = _is_forget(answers, split)
     gone = sorted(set(split.gone))
     others = _is_retained(labels, split)

@@ -96,7 +96,10 @@ def writing(path: Path) -> Iterator[Transaction]:
             transaction = Transaction(connection)
         except (sqlite3.Error, TypeError) as error:
             raise InputError(f"cannot write the ledger {path}: {_why(error)}") from error
-        yield transaction
+        try:
+            yield transaction
+        except sqlite3.Error as error:
+            raise InputError(f"cannot write the ledger {path}: {_why(error)}") from error
         try:
             connection.execute("COMMIT")
         except sqlite3.Error as error:
@@ -123,6 +126,7 @@ def check_usable(path: Path) -> None:
         connection = sqlite3.connect(path, timeout=WAIT_SECONDS, isolation_level=None)
         try:
             connection.execute("BEGIN IMMEDIATE")
+            connection.execute("DELETE FROM entries WHERE 0")  # of nothing: a read-only file only refuses when written
             connection.execute("ROLLBACK")
         finally:
             connection.close()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from expunge.errors import InputError
@@ -69,6 +70,12 @@ class Split:
     class_names: tuple[str, ...] = ()  # in label order; empty: unnamed
     preprocessing: Preprocessing | None = None  # needed where images are uint8
     forgotten_before: tuple[int, ...] = ()  # labels that earlier requests removed: their samples are refused too
+
+    def __post_init__(self) -> None:
+        for name in ("forget_classes", "forgotten_before"):
+            value: Any = getattr(self, name)
+            if not isinstance(value, Sequence) or not all(isinstance(label, Integral) for label in value):
+                raise InputError(f"expected {name} as labels, whole numbers in a tuple, got {value!r}")
 
     @property
     def gone(self) -> tuple[int, ...]:

@@ -85,6 +85,15 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], Metadata]:
     return state, metadata if metadata.class_names else replace(metadata, class_names=said.class_names)
 
 
+def whole_weights(path: Path) -> bool:
+    """Return whether there is a .safetensors file at `path` that is as long as its header says."""
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
+
+
 def apply_weights(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
     """Copy `state` into `model`.
 

@@ -111,7 +111,7 @@ def open_workspace(
         InputError: something is missing or does not fit; the message says what.
     """
     state, metadata = load_weights(weights) if weights is not None else ({}, Metadata())
-    spec = parse_model(_model_text(model, metadata))
+    spec = parse_model(model_text(model, metadata))
     names = data.class_names or metadata.class_names or None
     source = open_source(data.spec, label_column=data.label_column, image_column=data.image_column)
     source, notes = align(source, names)
@@ -185,7 +185,8 @@ def pick_device(device: str | None) -> torch.device:
         raise InputError(f"cannot use device {device!r} here: expected cpu, or a device of this machine") from error
 
 
-def _model_text(model: str | None, metadata: Metadata) -> str:
+def model_text(model: str | None, metadata: Metadata) -> str:
+    """Return the model string that was given, or that of the weights; one that would run code of theirs is refused."""
     if model is not None:
         return model
     if metadata.model is None:

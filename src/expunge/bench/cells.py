@@ -32,7 +32,7 @@ class Original:
     augment: bool | None = None  # as in `expunge train`
     seed: int = 0  # of training
     weights: Path | None = None  # somebody's own: nothing is trained but the references
-    digest: str | None = None  # of those weights
+    digest: str | None = None  # of those weights, the data and the model's file
 
     @property
     def id(self) -> str:

@@ -25,7 +25,7 @@ from expunge.data import open_source, resolve_classes
 from expunge.errors import InputError
 from expunge.files import json_writer, write_atomically
 from expunge.report import bench_html, html_writer, read_record, text_writer
-from expunge.workspace import align, refuse_idle_columns
+from expunge.workspace import align, open_workspace, pick_device, refuse_idle_columns
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ def plan(suite: str, request: Request, out: Path) -> Plan:
     cells = suite_cells(suite, request)
     check_writable(out / "results.csv")
     _check_data(cells)
+    for own in {cell.original.weights: cell.original for cell in cells if cell.original.weights is not None}.values():
+        open_workspace(own.options, own.model, own.weights, seed=0)  # so that a mistake is told before the work
     items = with_needs(cells)
     statuses = [status_of(folder_of(cell, out)) for cell in cells]
     stale = len(stale_items(items, out) & {cell.id for cell in cells})
@@ -98,6 +100,7 @@ def bench_command(
         InputError: there is no such suite, or its data or weights cannot be used.
     """
     check_jobs(jobs)
+    pick_device(device)
     cells = plan(suite, request, out).cells
     standing = Standing(cells, out, jobs)
     with show(standing) if show is not None else nullcontext(lambda _: None) as tell:
@@ -218,5 +221,10 @@ def _check_data(cells: Sequence[Cell]) -> None:
         source = open_source(options.spec, label_column=options.label_column, image_column=options.image_column)
         refuse_idle_columns(options, source)
         source, _ = align(source, options.class_names)
-        for forget in {cell.forget for cell in cells if cell.original.options == options}:
-            resolve_classes(forget, source.class_names)
+        known: dict[frozenset[int], tuple[str, ...]] = {}
+        for forget in dict.fromkeys(cell.forget for cell in cells if cell.original.options == options):
+            labels = frozenset(resolve_classes(forget, source.class_names))
+            if labels in known:
+                both = " and ".join(",".join(one) for one in (known[labels], forget))
+                raise InputError(f"{both} are the same classes: give each set once")
+            known[labels] = forget

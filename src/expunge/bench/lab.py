@@ -30,7 +30,7 @@ from expunge.evaluation import environment, evaluate
 from expunge.journal import Journal
 from expunge.methods import METHODS, PRESETS
 from expunge.schema import Preprocessing, Split
-from expunge.weights import save_weights
+from expunge.weights import save_weights, whole_weights
 from expunge.workspace import Workspace, open_workspace
 
 WEIGHTS = "weights.safetensors"
@@ -93,7 +93,7 @@ class Lab:
                 overwrite=True,  # by the same weights, where another process was quicker
             )
 
-        if not path.exists():
+        if not whole_weights(path):
             try:
                 train()
             except DivergedError:  # it would again
@@ -111,8 +111,8 @@ class Lab:
         original = item if isinstance(item, Original) else item.original
         own = original.weights if item is original else None
         weights = own or folder_of(item, self.out) / WEIGHTS
-        if own is None and not isinstance(item, Cell) and not weights.exists():
-            self._train(item)  # its record came without, as records are passed on
+        if own is None and not isinstance(item, Cell) and not whole_weights(weights):
+            self._train(item)  # its record came without, as records are passed on, or with a part of them
         return open_workspace(original.options, original.model, weights, leave_out=forget, seed=0, device=self.device)
 
     def _subject(self, role: str, item: Original | Reference | Cell, forget: Sequence[str]) -> Subject:

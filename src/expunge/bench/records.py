@@ -8,19 +8,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from expunge.errors import InputError, first_line
+
 Status = Literal["done", "failed"]
 
 
 def read(folder: Path) -> dict[str, Any] | None:
     """Return the record in an item's folder; None where there is none.
 
-    Records are written whole or not at all, so one that does not parse was changed by somebody: it raises.
+    Records are written whole or not at all, so one that does not parse was changed by somebody, or copied in part.
+
+    Raises:
+        InputError: it does not parse.
     """
+    path = folder / "record.json"
     try:
-        text = (folder / "record.json").read_text(encoding="utf-8")
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    record: dict[str, Any] = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{path} is no whole record ({first_line(error)}): delete it, and it is made again") from error
     return record
 
 

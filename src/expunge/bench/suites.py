@@ -12,11 +12,13 @@ from expunge.audits import AUDITS
 from expunge.bench.cells import Cell, Original, Tuning, slug
 from expunge.bench.series import Base, Contender, Point, grids
 from expunge.commands import TRAIN_DEFAULT
+from expunge.data import fingerprint, open_source
 from expunge.errors import InputError
 from expunge.methods import METHODS
+from expunge.models import parse_model
 from expunge.schema import TrainConfig
 from expunge.weights import load_weights
-from expunge.workspace import DataOptions
+from expunge.workspace import DataOptions, model_text
 
 CONTROLS = ("none", "head_mask", "random_init")
 """Methods that must look bad where they are bad."""
@@ -180,9 +182,7 @@ def own(request: Request) -> list[Cell]:
     assert request.data is not None  # it is needed
     assert request.weights is not None
     metadata = load_weights(request.weights)[1]
-    model = request.model or metadata.model
-    if model is None:
-        raise InputError("the weights do not say which model they belong to: name it with --model")
+    model = model_text(request.model, metadata)
     training = metadata.training or {}
     stated = _recipe_of(training)
     recipe = stated or TRAIN_DEFAULT
@@ -204,7 +204,7 @@ def own(request: Request) -> list[Cell]:
         augment=None if stated is None else False,  # a recipe says itself whether images are mirrored and shifted
         seed=training.get("seed", 0),
         weights=request.weights,
-        digest=hashlib.sha256(_content(request.weights)).hexdigest(),
+        digest=_digest(request.weights, model, options),
     )
     cells = _grid(
         replace(request, seeds=None),
@@ -334,7 +334,7 @@ def _grid(
     one model thrice, and its interval no width. Tuned once for each original's data and model: on its training seed 0
     and the first set of classes. FLOPs are counted there too.
     """
-    chosen = request.methods or tuple(methods) or tuple(METHODS)
+    chosen = tuple(dict.fromkeys(request.methods)) or tuple(methods) or tuple(METHODS)
     trials = request.trials or trials
     wanted = request.classes or tuple(sets)
     cells: list[Cell] = []
@@ -406,6 +406,17 @@ def _recipe_of(training: Mapping[str, object]) -> TrainConfig | None:
         return TrainConfig(**stated)
     except TypeError:  # of another version
         return None
+
+
+def _digest(weights: Path, model: str, options: DataOptions) -> str:
+    """Return a hash of somebody's own weights, the file that builds their model, and their data."""
+    source = open_source(options.spec, label_column=options.label_column, image_column=options.image_column)
+    content = hashlib.sha256(_content(weights) + fingerprint(source).encode())
+    spec = parse_model(model)
+    file = Path(spec.name.rpartition(":")[0])
+    if spec.family == "file" and file.is_file():
+        content.update(file.read_bytes())
+    return content.hexdigest()
 
 
 def _content(weights: Path) -> bytes:

@@ -77,7 +77,8 @@ def _came(line: Line) -> str:
     if about["kind"] == "tuning":
         return f"{' '.join(record['settings']) or 'as by default'} ({len(record['trials'])} trials)"
     training = record["training"]
-    return f"test accuracy {percent(training['test_accuracy'])}" if training else "as given"
+    own = " as its weights state" if (about["asked"] or {}).get("weights") else ""
+    return f"test accuracy {percent(training['test_accuracy'])}{own}" if training else "as given"
 
 
 class Board:
