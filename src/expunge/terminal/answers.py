@@ -201,7 +201,8 @@ def _sentences(outcome: Outcome) -> Iterator[str]:
     )
     cost = record.cost
     phases = ", ".join(f"{name} {phase['seconds']:.1f} s" for name, phase in cost["phases"].items())
-    yield f"The method took {cost['seconds']:.1f} s ({phases}), {cost['steps']} optimizer steps{_mixed(cost)}."
+    parts = f" ({phases})" if phases else ""
+    yield f"The method took {cost['seconds']:.1f} s{parts}, {cost['steps']} optimizer steps{_mixed(cost)}."
     preprocessing = record.data["preprocessing"]
     height, width = preprocessing["size"]
     yield f"Images: {height}x{width} pixels; mean and deviation {_source(preprocessing['source'])}."
