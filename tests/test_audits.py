@@ -15,8 +15,9 @@ from torch.utils.data import Dataset
 
 from conftest import Tiny, TinyNet, random_images
 from expunge.audits import Features, features_of, linear_probe, nearest_class_mean, relearn_steps
+from expunge.audits.core import AuditData
 from expunge.audits.inside import blocks_of, linear_probe_hits, nearest_class_mean_hits
-from expunge.audits.relearn import area_under, first_step, relearn_curve
+from expunge.audits.relearn import _ordinary_sample, area_under, first_step, relearn_curve
 from expunge.data import TensorImages
 from expunge.errors import InputError
 from expunge.models import AllCNN, build_model, parse_model
@@ -414,6 +415,19 @@ def test_what_was_never_known_takes_more_than_a_few_steps(tiny: Tiny) -> None:
     assert 1 < late < 60
     short = relearn_steps(untrained, threes, threes, (0.95, 0.2), cap=late - 1, **given)  # type: ignore[arg-type]
     assert short[0] is None
+
+
+def test_relearning_needs_images_to_be_relearned() -> None:
+    def data(forgotten: int) -> AuditData:
+        labels = torch.tensor([0] * forgotten + [1] * 1280)
+        images = TensorImages(torch.zeros((len(labels), 1, 2, 2), dtype=torch.uint8), labels)
+        return AuditData(forget_classes=(0,), test=images, train=images, class_names=("a", "b"))
+
+    assert len(_ordinary_sample(data(12), 2000, seed=0)) == 1292
+    with pytest.raises(
+        InputError, match=r"a forgotten class in each batch of 128 on average, .*, got 3 in 1,283 images"
+    ):
+        _ordinary_sample(data(3), 2000, seed=0)
 
 
 def test_relearning_refuses_empty_data() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from expunge.audits.check import COMPARED, INSIDE, LAYERS, MEMBERS, OUTPUT, RELEARN, REST, Check
+from expunge.evaluation import check_outcome
 from expunge.metrics.uncertainty import wilson_interval
 from expunge.verdict import ALWAYS_OPEN, Tolerance, _excludes_zero, _judged, failed, verdict
 
@@ -269,10 +270,56 @@ def test_one_attack_that_finds_more_than_in_the_retrained_model_is_enough(audit:
     assert answers(less) == expected()  # less than a retrained model knows is no knowledge
 
 
+def test_figures_of_few_seeds_are_corrected_by_students_quantiles() -> None:
+    apart = {"value": 0.1, "low": 0.03, "high": 0.17}  # 3 figures: 1.22 times as wide by the normal quantiles
+    assert _excludes_zero(apart, 3)
+    assert not _excludes_zero(apart | {"seeds": 4}, 3)  # and 1.53 times by those of Student's with 3 degrees of freedom
+    assert _excludes_zero(apart | {"seeds": 4}, 1)
+
+
 def test_few_samples_leave_it_open() -> None:
     told = judged(role(0.0), half=0.2)
     assert told[INSIDE]["answer"] == told[MEMBERS]["answer"] == "unknown"
     assert "not known well enough" in told[INSIDE]["evidence"][0]
+
+
+@pytest.mark.parametrize(
+    ("cow", "count", "answer"),
+    [(0.0, 100, "yes"), (0.05, 100, "yes"), (0.14, 100, "unknown"), (0.3, 100, "no"), (1.0, 8, "no")],
+)
+def test_a_class_that_stays_among_several_is_seen(cow: float, count: int, answer: str) -> None:
+    """What is left of it disappears in the accuracy over all forgotten images."""
+
+    def with_cow(one: dict[str, Any], share: float) -> dict[str, Any]:
+        one["per_class_accuracy"] |= {"cow": share}
+        one["masked_per_class_accuracy"] |= {"cow": 0.0}
+        one["per_class_intervals"] |= {"cow": bounds(share, count)}
+        return one
+
+    before, after = with_cow(role(0.8), 0.8), with_cow(role(0.005), cow)
+    metrics = metrics_of(before, after, with_cow(role(0.0, 0.91), 0.0))
+    told = verdict(metrics, audits_of())
+    assert told[OUTPUT]["answer"] == answer
+    if answer != "yes":
+        assert told[OUTPUT]["evidence"][0].startswith(
+            f"of cow alone {100 * cow:.1f} % of the images are still answered"
+        )
+    checked = check_outcome(metrics)["forgotten"]
+    assert checked is (answer != "no")
+
+
+@pytest.mark.parametrize(
+    ("layer", "strong"), [(INSIDE, ("linear_probe",)), (MEMBERS, ("population_mia", "rmia"))], ids=["inside", "members"]
+)
+def test_a_weak_attack_alone_is_no_yes(layer: str, strong: tuple[str, ...]) -> None:
+    metrics, audits = metrics_of(BEFORE, role(0.0, 0.905), RETRAINED), audits_of()
+    for name in strong[1:]:
+        audits[name] |= {"figures": {}, "skipped": "no training images"}
+    assert verdict(metrics, audits)[layer]["answer"] == "yes"
+    del audits[strong[0]]
+    told = verdict(metrics, audits)[layer]
+    assert told["answer"] == "unknown"
+    assert told["evidence"][0] == f"a yes would need {' or '.join(strong)}, which was not measured"
 
 
 def test_figures_without_a_target_decide_nothing() -> None:
@@ -291,7 +338,13 @@ def test_what_two_retrained_models_differ_by_does_not_matter() -> None:
     told = verdict(metrics, audits)
     assert told[INSIDE]["answer"] == "yes"
     assert "within 12.0 points" in " ".join(told[INSIDE]["evidence"])
-    fake = Check(name="retrained 2 model", ok=False, sentence="it is the original", finding="the original")
+    fake = Check(
+        name="retrained 2 model",
+        ok=False,
+        sentence="it is the original",
+        finding="the original",
+        roles=("retrained 2",),
+    )
     assert verdict(metrics, audits, [fake])[INSIDE]["answer"] == "no"
 
 

@@ -779,7 +779,7 @@ def _judged_by_many(
         | {
             "says": "whether anyone could tell the method's models from retrained ones, by their answers on one sample",
             "source": "arXiv:2403.01218",
-            "targets": {"u_lira": "low", "u_lira true positives": "low"},
+            "targets": {"u_lira": "none", "u_lira true positives": "none"},
             "figures": {
                 name: {"unlearned": as_figure(found.figures[name])} for name in ("u_lira", "u_lira true positives")
             },

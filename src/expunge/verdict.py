@@ -71,7 +71,7 @@ class Tolerances:
     inside: Tolerance = Tolerance(gap=0.05, reach=0.15)
     # what returns from 1 to 20 images depends on which they are; slower than a retrained model is a trace as well
     few_shot: Tolerance = Tolerance(gap=0.1, reach=0.2, wrong="either")
-    # of two seeds an interval is 12.7 standard errors wide each way: it can find a gap, but hardly exclude one
+    # of three seeds an interval is 4.3 standard errors wide each way: it can find a gap, but hardly exclude one
     relearn_area: Tolerance = Tolerance(gap=0.1, reach=0.5, wrong="either")
     relearn_ratio: float = 1.5  # AIN, to either side: steps to an accuracy are known no better than that
     relearn_steps: float = 1.0  # steps apart, below which a ratio of small numbers says nothing
@@ -98,6 +98,8 @@ DECIDING = {
     "neighbour_leakage": (MEMBERS, "leakage"),
 }
 """Audits whose gaps to the retrained model decide: their layer and tolerance. `relearn` is judged by steps as well."""
+STRONG = {INSIDE: ("linear_probe",), MEMBERS: ("population_mia", "rmia")}
+"""Audits of which one must have been measured for a yes: that a weaker one finds nothing shows little."""
 TOLD = {"inversion": INSIDE, "where_it_looks": INSIDE}
 """Audits that are told and decide nothing: the judge of the first shares weights with the judged, and where a model
 looks is no knowledge of a class."""
@@ -140,7 +142,7 @@ def verdict(
         MEMBERS: [*judge.gaps(MEMBERS)],
         REST: [*judge.rest()],
     }
-    told = {layer: _answer(layer, findings, checks, missing) for layer, findings in found.items()}
+    told = {layer: _answer(layer, findings, checks, missing, judge.lacks(layer)) for layer, findings in found.items()}
     return {
         **told,
         "diagnosis": [*judge.diagnosis(told)],
@@ -148,6 +150,23 @@ def verdict(
         "first_line": _first_line(told, missing),
         "scope": SCOPE,
     }
+
+
+def remaining(metrics: Mapping[str, Any], reach: float) -> list[tuple[str, float, float]]:
+    """Return the forgotten classes, of several, of which more than `reach` is still answered: name, accuracy, its lower
+    bound. An accuracy over all of them does not show one that is small, or one of many.
+
+    Args:
+        metrics: as in a record: before and after, with `per_class_accuracy` and its intervals.
+    """
+    before, after = metrics["before"], metrics["after"]
+    masked = before.get("masked_per_class_accuracy") or {}
+    # where its answer is not allowed nothing of a forgotten class is right
+    gone = [name for name, share in before["per_class_accuracy"].items() if share and masked.get(name) == 0]
+    shares = {name: after["per_class_accuracy"].get(name) or 0.0 for name in gone}
+    if len(gone) < 2:
+        return []
+    return [(name, share, after["per_class_intervals"][name][0]) for name, share in shares.items() if share > reach]
 
 
 def failed(told: Mapping[str, Any], checks: Sequence[Mapping[str, Any]]) -> bool:
@@ -171,12 +190,21 @@ def _why_no_reference(metrics: Mapping[str, Any], checks: Sequence[Check]) -> st
     return f"The model given as retrained is none ({refused.finding}): without one" if refused else None
 
 
-def _answer(layer: str, findings: Sequence[Finding], checks: Sequence[Check], missing: str | None) -> dict[str, Any]:
-    """Return a layer's answer, the worst that was found, or unknown where a self-check forbids it."""
+def _answer(
+    layer: str, findings: Sequence[Finding], checks: Sequence[Check], missing: str | None, lacking: str | None
+) -> dict[str, Any]:
+    """Return a layer's answer, the worst that was found, or unknown where a self-check forbids it.
+
+    Args:
+        lacking: what a yes would have to rest on and was not measured.
+    """
     answers = {finding.answer for finding in findings}
     answer: Answer = "no" if "no" in answers else "unknown" if "unknown" in answers or "yes" not in answers else "yes"
     order: list[Answer | None] = ["no", "unknown", "yes", None]
     evidence = [finding.sentence for finding in sorted(findings, key=lambda finding: order.index(finding.answer))]
+    if answer == "yes" and lacking is not None:
+        answer = "unknown"
+        evidence.insert(0, f"a yes would need {lacking}, which was not measured")
     if layer in COMPARED and missing is not None and answer != "no":
         evidence.insert(0, f"{missing} it is not known what such a model gives here")
     for check in checks:
@@ -232,6 +260,10 @@ class _Judge:
             yield Finding("unknown", f"{told}: of so few images as much as {percent(high)} cannot be excluded")
         else:
             yield Finding("yes", f"{told}: at most {percent(limit)}")
+        for name, share, low in remaining(self.metrics, self.tolerances.output.reach):
+            told = f"of {name} alone {percent(share)} of the images are still answered"
+            surely = low > self.tolerances.output.reach
+            yield Finding("no" if surely else "unknown", f"{told}, more than {percent(self.tolerances.output.reach)}")
         if swapped := self.swapped():
             yield Finding("no", f"the classes are recognised under another name, that of {listed(swapped)}")
 
@@ -285,6 +317,12 @@ class _Judge:
             yield _judged(told, _shifted(gap, before["retain_accuracy"] - masked), self.tolerances.rest_to_original)
         if lost := self.collapsed():
             yield Finding("no", f"of {listed(lost)} less than half is left")
+
+    def lacks(self, layer: str) -> str | None:
+        """Return what has to be measured for a yes of this layer, where it was not; None where it was."""
+        strong = STRONG.get(layer, ())
+        seen = any("gap" in figure for audit in strong for _, figure in self.figures(audit))
+        return None if seen or not strong else " or ".join(strong)
 
     def gaps(self, layer: str) -> Iterator[Finding]:
         """Judge each figure of the audits that decide a layer by its gap to the retrained model."""
@@ -470,10 +508,18 @@ def _judged(told: str, gap: Mapping[str, Any], tolerance: Tolerance, *, comparis
 def _excludes_zero(gap: Mapping[str, Any], comparisons: int) -> bool:
     if gap["low"] is None or gap["high"] is None:
         return False
-    normal = NormalDist()
-    wider = normal.inv_cdf(1 - 0.025 / comparisons) / normal.inv_cdf(0.975)
+    wider = _quantile(1 - 0.025 / comparisons, gap.get("seeds")) / _quantile(0.975, gap.get("seeds"))
     value = gap["value"]
     return bool(value - wider * (value - gap["low"]) > 0 or value + wider * (gap["high"] - value) < 0)
+
+
+def _quantile(probability: float, seeds: int | None) -> float:
+    """Return the quantile an interval was made with: Student's where it is of values of so many seeds."""
+    if seeds is None:
+        return NormalDist().inv_cdf(probability)
+    from scipy import stats  # half a second to import
+
+    return float(stats.t.ppf(probability, seeds - 1))
 
 
 def _shifted(gap: Mapping[str, Any], by: float) -> dict[str, Any]:

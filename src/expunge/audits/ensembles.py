@@ -25,7 +25,7 @@ from expunge.audits.membership import LIMIT, true_positives
 from expunge.errors import InputError, first_line
 from expunge.files import write_atomically
 from expunge.metrics.accuracy import accuracy
-from expunge.metrics.uncertainty import Measurement, of_ranks, of_values
+from expunge.metrics.uncertainty import Measurement, of_ranks, of_seeds, of_values
 from expunge.schema import Predictions
 
 DELTA = 1e-5
@@ -94,7 +94,7 @@ def u_lira(unlearned_scores: Tensor, retrained_scores: Tensor) -> tuple[Measurem
         members, others = (_log_ratio(scores[out], *fits) for scores in (unlearned, retrained))
         areas.append(of_ranks(members, others).value)
         caught.append(true_positives(members, others))
-    return of_values(torch.tensor(areas)), of_values(torch.tensor(caught))
+    return of_seeds(torch.tensor(areas)), of_seeds(torch.tensor(caught))
 
 
 def epsilons(unlearned_scores: Tensor, retrained_scores: Tensor, *, delta: float = DELTA) -> Tensor:

@@ -8,6 +8,7 @@ that never saw the class, too, so all is read beside the retrained model's.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -217,7 +218,7 @@ def _few_shot(subject: Subject, data: AuditData, context: Context) -> Found:
     kept = _kept(data, head)
     figures: dict[str, Measurement] = {}
     details: dict[str, Any] = {"steps": FEW_SHOT_TRAINING.steps, "lr": FEW_SHOT_TRAINING.lr, "draws": FEW_SHOT_DRAWS}
-    for shots in FEW_SHOTS:
+    for shots in _shots(data):
         found: dict[str, list[Tensor]] = {f"{shots}": [], f"retain after {shots}": []}
         details[f"as answered after {shots}"] = []
         for draw in range(FEW_SHOT_DRAWS):
@@ -239,6 +240,19 @@ def _few_shot(subject: Subject, data: AuditData, context: Context) -> Found:
             details[f"as answered after {shots}"].append(_as_answered(answers))
         figures |= {name: of_seeds(torch.stack(values)) for name, values in found.items()}
     return Found(figures, details)
+
+
+def _shots(data: AuditData) -> list[int]:
+    """Return those of FEW_SHOTS of which draws can differ: some forgotten class has more training images.
+
+    Raises:
+        InputError: there are none of the forgotten classes, or too few for any.
+    """
+    known = Counter(labels_of(data.part("train", forget=True)).tolist())
+    chosen = [shots for shots in FEW_SHOTS if shots < max(known.values())]
+    if not chosen:
+        raise InputError("expected at least two training images of a forgotten class, to draw some of them, got one")
+    return chosen
 
 
 def _of_heads(

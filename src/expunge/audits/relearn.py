@@ -165,7 +165,14 @@ def _ordinary_sample(data: AuditData, count: int, *, seed: int) -> Subset[Any]:
     labels = torch.from_numpy(labels_of(data.train))
     rows = (~torch.isin(labels, torch.tensor(data.forgotten_before))).nonzero().flatten()
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count]
-    return Subset(data.train, rows[order].sort().values.tolist())
+    chosen = rows[order].sort().values
+    shown = int(torch.isin(labels[chosen], torch.tensor(data.forget_classes)).sum())
+    if shown * BATCH < len(chosen):
+        raise InputError(
+            f"expected a training image of a forgotten class in each batch of {BATCH} on average, for them to be "
+            f"relearned, got {shown} in {len(chosen):,} images"
+        )
+    return Subset(data.train, chosen.tolist())
 
 
 def _numbers(values: Sequence[float]) -> Tensor:

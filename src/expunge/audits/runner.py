@@ -121,9 +121,10 @@ def as_figure(measured: Measurement) -> dict[str, Any]:
 
 
 def as_gap(measured: Measurement, reference: Measurement) -> dict[str, Any]:
-    """Return how much higher a figure is than the reference's, with bounds, and whether that counts as found."""
+    """Return how much higher a figure is than the reference's, with bounds, whether that counts as found, and of how
+    many seeds it is, where it is of seeds."""
     gap = gap_interval(measured, reference)
-    return _bounds(gap) | {"found": differs(gap)}
+    return _bounds(gap) | {"found": differs(gap)} | ({"seeds": measured.count} if measured.seeds else {})
 
 
 def _bounds(interval: Interval) -> dict[str, Any]:

@@ -123,12 +123,12 @@ def _cells(base: Base, one: Contender, x: float | None = None, **changes: Any) -
 
 
 def _again(base: Base, audits: tuple[str, ...]) -> list[Point]:
-    """Return the yardstick: for each training seed the retrained model of the next."""
+    """Return the yardstick: for each training seed a retrained model of another seed, no model being used twice."""
     one = Contender(AGAIN, "retrained", "again")
     return [
         Point(one.series, None, replace(point.cell, judged=Reference(original=other, forget=point.cell.forget)))
         for point in _cells(base, one, audits=audits)
-        for other in [replace(point.cell.original, seed=point.cell.original.seed + 1)]
+        for other in [replace(point.cell.original, seed=point.cell.original.seed + len(base.originals))]
     ]
 
 
