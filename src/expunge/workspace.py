@@ -145,7 +145,7 @@ def open_workspace(
             ) from error
     preprocessing = _preprocessing(data, metadata, spec, network, readable, channels)
     check_model(network, preprocessing, len(source.class_names))
-    if data.size is None and metadata.preprocessing is None:
+    if data.size is None and metadata.preprocessing is None and preprocessing.source != "measured":  # that is native
         notes += _enlarged(native_size(readable), preprocessing, spec)
     network = network.to(pick_device(device))
     return Workspace(
