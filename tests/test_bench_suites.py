@@ -10,9 +10,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pyarrow.csv
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features, Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner, Result
@@ -70,6 +72,18 @@ def test_the_papers_grid(tmp_path: Path) -> None:
     assert ten == {("0",), ("1", "2"), ("3", "4", "5", "6"), ("3", "4", "5", "6", "7", "8", "9")}
     assert len({cell.original.model for cell in cells if cell.original.data == "cifar10"}) == 4
     assert {cell.original.data for cell in cells} == {"cifar10", "cifar100", "yaleb"}
+
+
+def test_the_papers_cifar100_is_told_by_its_hundred_classes(tmp_path: Path) -> None:
+    features = Features({"img": Image(), "fine_label": ClassLabel(100), "coarse_label": ClassLabel(20)})
+    picture = PIL.Image.new("RGB", (4, 4))
+    rows = {"img": [picture], "fine_label": [99], "coarse_label": [19]}
+    for name in ("cifar10", "cifar100", "yaleb"):
+        (tmp_path / name).mkdir()
+    Dataset.from_dict(rows, features).to_parquet(tmp_path / "cifar100" / "train.parquet")
+    cells = suite_cells("paper", Request(data=DataOptions(spec=str(tmp_path))))
+    columns = {(cell.original.data, cell.original.options.label_column) for cell in cells}
+    assert columns >= {("cifar10", None), ("cifar100", "fine_label")}
 
 
 def test_only_some_cells_with_all_else_the_same() -> None:

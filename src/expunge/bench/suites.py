@@ -162,7 +162,7 @@ def paper(request: Request) -> list[Cell]:
     cells = _grid(request, [_cifar10(request, model) for model in models], sets=ten, retain_per_class=1000, **shared)  # type: ignore[arg-type]
     hundred = Original(
         data="cifar100",
-        options=_options(request, "cifar100"),
+        options=_fine_labels(_options(request, "cifar100")),
         model="torchvision:resnet18",
         recipe=replace(TRAIN_DEFAULT, epochs=20),
     )
@@ -395,6 +395,15 @@ def _options(request: Request, name: str) -> DataOptions:
     if Path(request.data.spec).name != name and name != "cifar10":
         raise InputError(f"expected a folder {name} in {request.data.spec!r}: --data is the folder of the data sets")
     return request.data
+
+
+def _fine_labels(options: DataOptions) -> DataOptions:
+    """Return how to read CIFAR-100 by its hundred classes, where it comes with its twenty coarse ones too."""
+    try:
+        open_source(options.spec, label_column=options.label_column, image_column=options.image_column)
+    except InputError:
+        return replace(options, label_column="fine_label")
+    return options
 
 
 def _recipe_of(training: Mapping[str, object]) -> TrainConfig | None:
