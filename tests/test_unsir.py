@@ -504,3 +504,10 @@ def test_label_zero_and_train_mode_noise_do_what_their_names_say(tiny: Tiny, mon
     config = replace(SMALL, defects=frozenset({"train_mode_noise"}))
     unsir(tiny.model, tiny.split.zero_glance(), config, seed=0)
     assert modes[: SMALL.noise_steps] == [True] * SMALL.noise_steps
+
+
+def test_a_negative_seed_is_told_in_one_line() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    for config in (SMALL, UnsirConfig()):
+        with pytest.raises(InputError, match="expected a seed of at least 0, got -1"):
+            unsir(model, split_of(), config, seed=-1)

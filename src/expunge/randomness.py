@@ -8,6 +8,18 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from expunge.errors import InputError
+
+
+def check_seed(seed: int) -> None:
+    """Check that all that draws here takes a seed.
+
+    Raises:
+        InputError: it is negative.
+    """
+    if seed < 0:
+        raise InputError(f"expected a seed of at least 0, got {seed}")
+
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from expunge.errors import InputError
 from expunge.journal import Journal
+from expunge.randomness import check_seed
 from expunge.schema import Split
 
 READS = ("retain", "forget", "nothing")
@@ -51,4 +52,5 @@ class Method:
         self, model: nn.Module, split: Split, config: Any = None, *, seed: int, journal: Journal | None = None
     ) -> nn.Module:
         """Return an unlearned copy of `model`, in eval mode; see the function itself, `run`."""
+        check_seed(seed)
         return self.run(model, split, config, seed=seed, journal=journal)

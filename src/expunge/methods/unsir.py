@@ -24,7 +24,7 @@ from expunge.errors import DivergedError, InputError
 from expunge.journal import Journal
 from expunge.methods.checks import check_zero_glance, first_image
 from expunge.methods.common import noise_objective
-from expunge.randomness import seeded
+from expunge.randomness import check_seed, seeded
 from expunge.schema import CalibrationReport, LearnedImages, Sample, Signals, Split, TrainConfig
 from expunge.signals import (
     Evidence,
@@ -225,9 +225,10 @@ def unsir(
         journal: collects seconds, steps and samples of each phase, and what a calibration found.
 
     Raises:
-        InputError: the split holds forget samples, no or unusable classes, or no retain sample.
+        InputError: the split holds forget samples, no or unusable classes, or no retain sample; the seed is negative.
         DivergedError: a loss became NaN or infinite (with a calibration: at every rate that was tried).
     """
+    check_seed(seed)
     config = config or UnsirConfig()
     journal = journal or Journal()
     check_zero_glance(model, split)
