@@ -44,7 +44,9 @@ IMAGENET = Preprocessing(size=(224, 224), mean=(0.485, 0.456, 0.406), std=(0.229
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--models", default="timm:resnet50,timm:vit_base_patch16_224")
     parser.add_argument("--data", help="as of expunge forget; without it images are random")
     parser.add_argument("--weights", type=Path, help="with --data")
@@ -58,9 +60,8 @@ def main() -> None:
     options = parser.parse_args()
     models = options.models.split(",")
     if len(models) > 1:  # each in a process of its own, whose memory is its own
-        rest = [word for word in sys.argv[1:] if word not in ("--models", options.models)]
         for model in models:
-            subprocess.run([sys.executable, __file__, "--models", model, *rest], check=True)
+            subprocess.run([sys.executable, __file__, *sys.argv[1:], "--models", model], check=True)  # the last counts
         return
     torch.set_num_threads(1)
     ranks()
@@ -87,6 +88,8 @@ def measure(name: str, options: argparse.Namespace) -> str:
     )  # fmt: skip
     signals.IMPRESSION_STEPS = options.noise_steps
     plain = copy.deepcopy(model)
+    warm = replace(steps, steps=1)  # what the first step of a process pays alone is nobody's
+    train(copy.deepcopy(model), split.retain, warm, seed=0, preprocessing=split.preprocessing)
     train(
         plain, split.retain, steps, seed=0, preprocessing=split.preprocessing, journal=journal, phase="plain training"
     )
@@ -105,7 +108,8 @@ def random_data(name: str, options: argparse.Namespace) -> tuple[nn.Module, Spli
     count = 2 * options.batch
     images = torch.randint(0, 256, (count, 3, 224, 224), dtype=torch.uint8)
     forget = resolve_classes([options.classes], [str(label) for label in range(CLASSES)])
-    retain = TensorImages(images, torch.arange(count) + max(forget) + 1)
+    kept = torch.tensor([label for label in range(CLASSES) if label not in forget])
+    retain = TensorImages(images, kept[torch.arange(count) % len(kept)])
     return model, Split(forget_classes=forget, retain=retain, preprocessing=IMAGENET)
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import io
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from expunge import data
 from expunge.data import (
     ImageTable,
     StreamedImages,
@@ -466,15 +467,59 @@ def test_undecodable_image_is_named_or_skipped_and_counted(payload: Any) -> None
 def test_damaged_images_raise_input_error_alone(kind: str) -> None:
     buffer = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(buffer, kind)
+    tags = Image.Exif()
+    tags[ExifTags.Base.Orientation], tags[ExifTags.Base.Make] = 6, "a camera"
+    written = {"exif": tags} if kind in ("PNG", "JPEG", "WEBP") else {}
+    Image.fromarray(noise).save(buffer, kind, **written)
     whole = np.frombuffer(buffer.getvalue(), dtype=np.uint8)
     rng = np.random.default_rng(1)
-    for _ in range(60):
+    for _ in range(400):
         damaged = whole.copy()
         where = rng.integers(0, min(len(damaged), 200), 4)
         damaged[where] = rng.integers(0, 255, 4)
         cut = int(rng.integers(1, len(damaged) + 1))
         decode(damaged.tobytes()[:cut], Preprocessing(size=(8, 8), mean=(0.5,), std=(1.0,)), kind, skip_bad=True)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photos_are_put_upright(orientation: int) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (4, 4, 3), dtype=np.uint8))
+    buffer, tags = io.BytesIO(), Image.Exif()
+    tags[ExifTags.Base.Orientation] = orientation
+    picture.save(buffer, "PNG", exif=tags)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(buffer.getvalue())))
+    image = decode(buffer.getvalue(), RGB4, "photo")
+    assert image is not None
+    assert torch.equal(image, torch.from_numpy(np.array(upright)).permute(2, 0, 1))
+    assert (orientation == 1) == (upright.tobytes() == picture.tobytes())
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_encoded_images_are_read_as_they_are_needed(streamed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Photos are large before they are decoded and small afterwards: the first bounds how many are read ahead."""
+    monkeypatch.setattr(data, "ENCODED_BYTES", 5 * len(png(0)))
+    monkeypatch.setattr(data, "SMALL_BYTES", 0)
+    read, most, done = 0, 0, 0
+
+    def payloads(rows: Any) -> Iterator[bytes]:
+        nonlocal read, most
+        for row in rows:
+            read += 1
+            most = max(most, read - done)
+            yield png(int(row))
+
+    def counted(*given: Any, **more: Any) -> Any:
+        nonlocal done
+        done += 1
+        return decode(*given, **more)
+
+    monkeypatch.setattr(data, "decode", counted)
+    table = ImageTable(np.zeros(60, dtype=np.int64), payloads, str)
+    if streamed:
+        assert len(list(StreamedImages(table, RGB4, shuffle=False, skip_bad=False))) == 60
+    else:
+        assert len(stage(table, RGB4).dataset) == 60
+    assert most <= (10 if streamed else 5)  # a stream decodes one chunk while it reads the next
 
 
 def test_measure_statistics() -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from expunge import memory
+from expunge import memory, signals
 from expunge.journal import Journal
 from expunge.signals import descend
 from test_training import plain_network
@@ -38,7 +39,7 @@ def test_ten_times_as_many_images_take_as_much_memory(kind: str) -> None:
 def test_learned_images_are_sized_to_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model = plain_network().eval().requires_grad_(False)
     start = torch.rand(7, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    image = start[:1].requires_grad_()
+    image = start[:1].clone().requires_grad_()
     one = memory.kept_bytes(model, lambda: model(image))
     found, journal, seen = [], Journal(), set()
     model.register_forward_hook(lambda _, given, __: seen.add(len(given[0])))
@@ -54,6 +55,25 @@ def test_learned_images_are_sized_to_free_memory(monkeypatch: pytest.MonkeyPatch
     assert [phase.note for phase in journal.phases] == ["", *told]
     for parts in found[1:]:
         torch.testing.assert_close(parts, found[0], atol=1e-5, rtol=1e-5)
+
+
+def test_an_image_of_a_batch_keeps_no_more_than_one_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+
+    def fit(model: nn.Module, _: torch.device, run: Callable[[], object]) -> int:
+        found.append(memory.kept_bytes(model, run))
+        return 100
+
+    monkeypatch.setattr(signals, "images_that_fit", fit)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Sigmoid(), nn.Flatten(), nn.Linear(2 * 64 * 64, 3))
+    for count in (1, 96):
+        with Journal().phase("noise", steps=None) as meter:
+            descend(
+                model.eval(), torch.rand(count, 1, 64, 64), torch.zeros(count, dtype=torch.int64),
+                lambda logits, labels, _: F.cross_entropy(logits, labels), lr=0.1, steps=1, precision="fp32",
+                meter=meter,
+            )  # fmt: skip
+    assert found[0] == found[1] > 4 * 64 * 64
 
 
 def test_kept_bytes() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,48 @@ def test_hf(saved_vit: Path) -> None:
     stated = zoo_preprocessing(spec, model)
     assert stated == Preprocessing(size=(16, 16), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), source="hf")
     check_model(model, stated, 4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "stated"),
+    [
+        ("MobileNetV2ImageProcessor", ((224, 224), (0.5,) * 3, (0.5,) * 3)),  # of 256, then cropped
+        ("ConvNextImageProcessor", ((384, 384), (0.5,) * 3, (0.5,) * 3)),
+    ],
+)
+def test_hf_processors(kind: str, stated: tuple[Any, ...], saved_vit: Path, tmp_path: Path) -> None:
+    import transformers
+
+    folder = shutil.copytree(saved_vit, tmp_path / "model")
+    getattr(transformers, kind)().save_pretrained(folder)
+    spec = parse_model(f"hf:{folder}")
+    found = zoo_preprocessing(spec, nn.Identity())
+    assert found is not None
+    assert found.size == stated[0]
+    assert found.mean == pytest.approx(stated[1])
+    assert found.std == pytest.approx(stated[2])
+    getattr(transformers, kind)(do_normalize=False).save_pretrained(folder)
+    found = zoo_preprocessing(spec, nn.Identity())
+    assert found is not None
+    assert (found.mean, found.std) == ((0.0,) * 3, (1.0,) * 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "message"),
+    [
+        ("MobileViTImageProcessor", {}, "swaps their colours, which is not supported"),
+        ("ViTImageProcessor", {"rescale_factor": 1 / 127.5}, r"does not bring them to \[0, 1\]"),
+    ],
+)
+def test_hf_processors_that_are_refused(
+    kind: str, given: dict[str, Any], message: str, saved_vit: Path, tmp_path: Path
+) -> None:
+    import transformers
+
+    folder = shutil.copytree(saved_vit, tmp_path / "model")
+    getattr(transformers, kind)(**given).save_pretrained(folder)
+    with pytest.raises(InputError, match=message):
+        zoo_preprocessing(parse_model(f"hf:{folder}"), nn.Identity())
 
 
 def test_hf_pretrained_body(saved_vit: Path) -> None:

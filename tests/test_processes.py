@@ -11,23 +11,29 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import accelerate
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch import distributed as dist
 
 from expunge.batches import Share, augment
 from expunge.commands import RetainOptions, forget_command, train_command
 from expunge.data import open_source, stage, with_test_split
 from expunge.errors import InputError
-from expunge.processes import Ranks, agreed, gathered, ranks, refuse_several, summed
+from expunge.processes import Ranks, agreed, gathered, ranks, refuse_several, shared_statistics, summed
 from expunge.schema import Preprocessing, TrainConfig
+from expunge.sharding import shards_of
 from expunge.training import predict
-from expunge.workspace import DataOptions
+from expunge.workspace import DataOptions, pick_device
 
 HERE = Path(__file__).parent
 NET = """
@@ -199,6 +205,67 @@ def test_a_loss_of_nan_counts_from_a_process_without_samples(monkeypatch: pytest
     monkeypatch.setattr("expunge.batches.summed", lambda *mine: list(mine))
     assert math.isnan(Share(1, Ranks(1, 2)).summed(math.nan, 1)[0])
     assert Share(1, Ranks(1, 2)).summed(0.5, 1) == (0.0, 0)
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[None]:
+    """A group of this process alone, whose collectives work as those of many."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("affine", [True, False])
+def test_normalization_is_torchs_own(affine: bool, dtype: torch.dtype) -> None:
+    """In bf16, too, sums are float32, and what comes out and is kept is bf16."""
+    torch.manual_seed(0)
+    images = (3 + torch.randn(50, 4, 7, 7)).to(dtype)
+    found = []
+    for shared in (True, False):
+        layer, given = nn.BatchNorm2d(4, affine=affine), images.clone().requires_grad_()
+        for parameter in layer.parameters():
+            torch.nn.init.uniform_(parameter, 0.5, 2.0, generator=torch.Generator().manual_seed(1))
+        with shared_statistics(True) if shared else nullcontext():
+            answer = F.relu(layer(given), inplace=True)
+        assert answer.dtype == dtype
+        torch.autograd.backward((answer.float() ** 2).sum())
+        assert given.grad is not None
+        assert given.grad.dtype == dtype
+        grads = [parameter.grad for parameter in layer.parameters()]
+        found.append([answer, given.grad, layer.running_mean, layer.running_var, *grads])
+    atol, rtol = (1e-5, 1e-5) if dtype == torch.float32 else (1e-3, 2**-6)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=atol, rtol=rtol)
+    for one, other in zip(found[0][2:4], found[1][2:4], strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def tied() -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].weight = model[0].weight
+    return model
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (tied(), "a parameter is shared by several of its blocks"),
+        (nn.Sequential(nn.Linear(2, 2), nn.ParameterList([torch.zeros(())])), "scalar"),
+    ],
+)
+def test_models_that_cannot_be_sharded_are_refused(model: nn.Module, why: str) -> None:
+    with pytest.raises(InputError, match=rf"cannot shard Sequential among processes \(.*{why}.*\): leave out --fsdp"):
+        shards_of(model)
+
+
+def test_several_processes_on_the_cpu_of_a_machine_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("expunge.workspace.ranks", lambda: Ranks(0, 2))
+    monkeypatch.setattr(accelerate, "PartialState", lambda: SimpleNamespace(device=torch.device("cuda", 0)))
+    with pytest.raises(InputError, match="for the CPU, start them by accelerate launch --cpu"):
+        pick_device("cpu")
 
 
 @pytest.mark.slow

@@ -121,3 +121,6 @@ def test_blocks_of_models() -> None:
     assert len(blocks(torchvision.models.resnet50())) == 3 + 4 + 6 + 3
     assert len(blocks(vit())) == 4
     assert len(blocks(transformer())) == 3
+    branches = nn.ModuleList([nn.Linear(2, 2), nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.ReLU()})])
+    parallel = nn.Sequential(nn.Linear(2, 2), branches)  # nobody calls a list
+    assert [type(block) for block in blocks(parallel)] == [nn.Linear] * 3

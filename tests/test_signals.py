@@ -41,6 +41,7 @@ from expunge.signals import (
     refreshed,
     retained_sample,
 )
+from test_training import NO_MEMORY, Short
 
 
 def probabilities(*rows: tuple[float, ...]) -> Tensor:
@@ -325,6 +326,16 @@ def test_refreshed_takes_the_mean_over_batches() -> None:
     images = torch.randn((512, 1, 2, 2), generator=torch.Generator().manual_seed(0))
     copied = refreshed(nn.Sequential(nn.BatchNorm2d(1)), images)
     torch.testing.assert_close(copied.state_dict()["0.running_mean"], images.mean((0, 2, 3)))
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=["cpu", "cuda"])
+def test_refreshed_takes_smaller_batches_where_memory_runs_short(error: BaseException) -> None:
+    images = torch.arange(8.0).view(8, 1, 1, 1)
+    copied = refreshed(Short(nn.Sequential(nn.BatchNorm2d(1)), 4, error), images)
+    assert copied.get_buffer("model.0.running_mean").item() == 3.5
+    assert copied.get_buffer("model.0.running_var").item() == pytest.approx(5 / 3)  # of 0 to 3, and of 4 to 7
+    with pytest.raises(RuntimeError, match="memory"):
+        refreshed(Short(nn.Sequential(nn.BatchNorm2d(1)), 1, error), images)
 
 
 def test_refreshed_is_the_model_itself_without_running_statistics() -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
@@ -205,6 +206,40 @@ def test_frozen_parameters_stay() -> None:
     assert [parameter.requires_grad for parameter in model.parameters()] == [False] * 2 + [True] * 4
     with pytest.raises(InputError, match="requires_grad=False"):
         train(model.requires_grad_(False), images(), CONFIG, seed=7, preprocessing=GREY)
+
+
+def test_frozen_normalization_stays_as_it_is() -> None:
+    model = network()
+    model[1].requires_grad_(False)
+    before = state_of(model)
+    train(model, images(1), CONFIG, seed=7, preprocessing=GREY)  # of one image, too: no layer needs several
+    after = model.state_dict()
+    assert all(torch.equal(after[key], before[key]) for key in after if key.startswith("1."))
+    assert not torch.equal(after["6.weight"], before["6.weight"])
+
+
+def test_layers_of_frozen_batchnorm_are_no_batchnorm() -> None:
+    layer = torchvision.ops.FrozenBatchNorm2d(2)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), layer, nn.Flatten(), nn.Linear(8, 3))
+    train(model, images(1), CONFIG, seed=7, preprocessing=GREY)
+    assert torch.equal(layer.running_mean, torch.zeros(2))
+
+
+def test_a_finished_training_has_nothing_left_to_do(tmp_path: Path) -> None:
+    config = replace(CONFIG, steps=6)  # an epoch is 4
+    model = network()
+    for _ in range(2):
+        train(model, images(), config, seed=7, preprocessing=GREY, checkpoint=tmp_path / "resume")
+    assert torch.equal(model.state_dict()["6.weight"], trained(config=config).state_dict()["6.weight"])
+
+
+def test_a_last_image_whose_batch_cannot_be_decoded_is_left_out() -> None:
+    payloads = [Image.new("L", (4, 4), shade) for shade in range(5)] + [b"broken"] * 3
+    table = ImageTable(np.arange(8) % 3, lambda rows: (payloads[row] for row in rows), str)
+    stream = StreamedImages(table, GREY, shuffle=False, skip_bad=True)
+    journal = Journal()
+    train(network(), stream, replace(CONFIG, batch_size=4, epochs=1), seed=7, preprocessing=GREY, journal=journal)
+    assert journal.phases[0].samples == 4
 
 
 @pytest.mark.parametrize("update", [True, False])

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,7 +17,7 @@ from torch import nn
 
 from expunge import data, provenance, verify
 from expunge.commands import RecordOptions, RetainOptions, audit_command, erase, forget_command
-from expunge.data import StreamedImages, draw, open_source, stage
+from expunge.data import ImageTable, StreamedImages, count_labels, draw, open_source, stage
 from expunge.errors import InputError
 from expunge.evaluation import environment
 from expunge.files import json_text
@@ -499,15 +500,27 @@ def test_a_streamed_sample_has_the_hashes_of_a_staged_one(monkeypatch: pytest.Mo
     preprocessing = Preprocessing(size=(8, 8), mean=(0.3,), std=(0.38,))
     salt = provenance.new_salt()
     staged = stage(table, preprocessing)
-    found = provenance.hash_samples(staged, table, preprocessing, salt=salt, skip_bad=False)
+    found, same = provenance.hash_samples(staged, salt=salt)
+    assert same is staged
     monkeypatch.setattr(data, "HELD_BYTES", 100)
     streamed = stage(table, preprocessing)
     assert isinstance(streamed.dataset, StreamedImages)
-    assert provenance.hash_samples(streamed, table, preprocessing, salt=salt, skip_bad=False) == found
+    assert provenance.hash_samples(streamed, salt=salt) == (found, streamed)
     assert len(set(found.hashes)) == 50
     image, label = staged.dataset[0]
     assert provenance.sample_hash(salt, image, int(label)) in found.hashes
     assert provenance.sample_hash(salt, image, int(label) + 1) not in found.hashes
+
+
+def test_what_cannot_be_decoded_of_a_stream_is_left_out_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures: list[Any] = [Image.new("L", (8, 8), shade) for shade in range(9)]
+    pictures[2] = pictures[3] = b"no picture"
+    table = ImageTable(np.arange(9) % 3, lambda rows: (pictures[row] for row in rows), str)
+    monkeypatch.setattr(data, "HELD_BYTES", 100)
+    preprocessing = Preprocessing(size=(8, 8), mean=(0.3,), std=(0.38,))
+    found, staged = provenance.hash_samples(stage(table, preprocessing, skip_bad=True), salt=provenance.new_salt())
+    assert (len(found.hashes), len(staged.dataset), staged.num_bad) == (7, 7, 2)
+    assert count_labels(staged.dataset) == {0: 2, 1: 3, 2: 2}
 
 
 def test_the_hash_of_tensors_is_that_of_no_file(tmp_path: Path) -> None:

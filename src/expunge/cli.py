@@ -869,7 +869,8 @@ def _user_errors(interrupted: str = "", *, together: bool = False) -> Iterator[N
             raise typer.Exit(LOST) from None
         if _several() and _is_lost(error):
             done = interrupted or "nothing was written"
-            say(errors, f"[bold red]error:[/] another process of this run ended: {done}")
+            say(errors, f"[bold red]error:[/] another process of this run ended, or cannot be reached: {done}")
+            say(errors, plain(f"({type(error).__name__}: {_first_line(error)})"))
             raise typer.Exit(LOST) from None
         line = _one_line(error)
         if line is None:
@@ -897,6 +898,12 @@ def _tells() -> bool:
     from expunge.processes import tell_failure
 
     return tell_failure()
+
+
+def _first_line(error: Exception) -> str:
+    from expunge.errors import first_line
+
+    return first_line(error)
 
 
 def _is_lost(error: Exception) -> bool:

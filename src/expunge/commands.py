@@ -429,9 +429,7 @@ def prepare(
     reference = _retrained(workspace, retrained) if retrained is not None else None
     with journal.phase("read images", steps=None):
         retained = stage(sample, workspace.preprocessing, skip_bad=data.skip_bad, seed=seed, held=data.memory)
-        samples = hash_samples(
-            retained, sample, workspace.preprocessing, salt=salt or new_salt(), skip_bad=data.skip_bad
-        )
+        samples, retained = hash_samples(retained, salt=salt or new_salt())
     if len(retained.dataset) == 0:
         raise InputError("expected a retain sample, found no image that can be decoded")
     absent = missing_classes(

@@ -11,6 +11,7 @@ import io
 import itertools
 import os
 import re
+import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset
 
@@ -38,6 +39,7 @@ HELD_BYTES = 256 * 2**20  # decoded images in memory: what fits is decoded once,
 SHUFFLE_BUFFER = 4096  # and no more images than these
 AHEAD_BYTES = 16 * 2**20  # decoded by threads before they are needed,
 AHEAD = 256  # and no more images than these
+ENCODED_BYTES = 64 * 2**20  # of encoded images read before they are decoded
 SMALL_BYTES = 8 * 2**10  # of an encoded image, up to which threads decode no faster
 
 
@@ -131,6 +133,13 @@ class StreamedImages(IterableDataset[Sample]):
         self.epoch = 0
         self.bad: set[int] = set()  # positions that could not be decoded, as far as they were read
 
+    def of(self, positions: Labels, *, shuffle: bool) -> StreamedImages:
+        """Return a stream of some of the images, read as this one."""
+        return StreamedImages(
+            self.table.select(positions), self.preprocessing, seed=self.seed, shuffle=shuffle,
+            skip_bad=self.skip_bad, held=self.held,
+        )  # fmt: skip
+
     def __len__(self) -> int:
         return len(self.table)
 
@@ -152,7 +161,7 @@ class StreamedImages(IterableDataset[Sample]):
     def _decode(self, order: Labels) -> Iterator[Sample]:
         items = zip(order, self.table.read(self.table.rows[order]), strict=True)
         chunk = _at_most(AHEAD, AHEAD_BYTES, self.preprocessing)
-        first = list(itertools.islice(items, chunk))
+        first = _next(items, chunk)
         if _are_small([payload for _, payload in first]):
             decoded = (self._sample(*item) for item in itertools.chain(first, items))
             yield from (sample for sample in decoded if sample is not None)
@@ -167,7 +176,7 @@ class StreamedImages(IterableDataset[Sample]):
                         yield sample
                 if not ahead:
                     return
-                ready, first = ahead, list(itertools.islice(items, chunk))
+                ready, first = ahead, _next(items, chunk)
 
     def _sample(self, position: int, payload: Any) -> Sample | None:
         name = self.table.name(int(self.table.rows[position]))
@@ -176,6 +185,20 @@ class StreamedImages(IterableDataset[Sample]):
             self.bad.add(position)
             return None
         return image, int(self.table.labels[position])
+
+
+def _next(items: Iterator[tuple[int, Any]], most: int) -> list[tuple[int, Any]]:
+    """Return the next (position, payload) items: so many at most, fewer where they are large before they are decoded.
+
+    One at least, where there is one.
+    """
+    chunk, held = [], 0
+    for item in itertools.islice(items, most):
+        chunk.append(item)
+        held += len(item[1]) if isinstance(item[1], bytes) else 0
+        if held >= ENCODED_BYTES:
+            break
+    return chunk
 
 
 def _are_small(payloads: Iterable[Any]) -> bool:
@@ -881,14 +904,7 @@ def hold_out(dataset: Dataset[Any], *, share: float, most: int, seed: int) -> tu
     if len(held) == 0:
         return dataset, _Chosen(dataset, rng.permutation(len(labels))[:most])
     if isinstance(dataset, StreamedImages):
-        streams = (
-            StreamedImages(
-                dataset.table.select(rows), dataset.preprocessing, seed=dataset.seed, shuffle=dataset.shuffle,
-                skip_bad=dataset.skip_bad, held=dataset.held,
-            )
-            for rows in (kept, held)
-        )  # fmt: skip
-        training, rest = streams
+        training, rest = (dataset.of(rows, shuffle=dataset.shuffle) for rows in (kept, held))
         samples = list(rest)
         return training, _Chosen(samples, np.arange(len(samples)))
     return _Chosen(dataset, kept), _Chosen(dataset, held)
@@ -972,10 +988,37 @@ def _open_image(payload: Any, name: str) -> Image.Image:
             return Image.fromarray(payload)
         image = _of_any_format(payload)
         image.load()
-        return ImageOps.exif_transpose(image)
-    except (OSError, ValueError, SyntaxError, TypeError, AttributeError, Image.DecompressionBombError) as error:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        return image if turn is None else image.transpose(turn)
+    except UNDECODABLE as error:
         raise InputError(f"cannot decode {name} ({first_line(error)}); remove it or pass --skip-bad") from error
 
+
+UNDECODABLE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    OverflowError,
+    EOFError,
+    struct.error,  # of EXIF that is not as its tags say
+    Image.DecompressionBombError,
+)
+"""What Pillow raises on damaged files."""
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What puts an image upright, by its EXIF orientation. (`ImageOps.exif_transpose` writes all tags anew beside that, and
+fails on images whose pixels are whole.)"""
 
 USUAL_FORMATS = ("JPEG", "PNG", "WEBP")
 """Tried first: each is known by its first bytes, while Pillow asks half a dozen others to read the file before."""
@@ -1076,11 +1119,11 @@ def stage(
 
     with ThreadPoolExecutor() as pool:
         payloads = enumerate(table.read(table.rows))
-        while chunk := list(itertools.islice(payloads, 4096)):
+        while chunk := _next(payloads, 4096):
             if _are_small(payload for _, payload in chunk[:64]):
                 fill(chunk)
             else:
-                list(pool.map(fill, (chunk[first : first + 64] for first in range(0, len(chunk), 64))))
+                list(pool.map(fill, ([item] for item in chunk)))
     labels = torch.from_numpy(table.labels.copy())
     skipped = int((~kept).sum())
     if skipped:

@@ -120,12 +120,36 @@ def zoo_preprocessing(spec: ModelSpec, model: nn.Module) -> Preprocessing | None
             processor = AutoImageProcessor.from_pretrained(spec.name)
         except (OSError, ValueError):
             return None
-        size = processor.size
-        height = size.get("height") or size.get("shortest_edge")
-        width = size.get("width") or height
-        mean, std = tuple(processor.image_mean), tuple(processor.image_std)
-        return Preprocessing(size=(height, width), mean=mean, std=std, source="hf")
+        return _stated_by(processor, spec)
     return None
+
+
+def _stated_by(processor: Any, spec: ModelSpec) -> Preprocessing:
+    """Return what an image processor of transformers makes of images.
+
+    Raises:
+        InputError: it does what a `Preprocessing` cannot say.
+    """
+
+    def asked(what: str) -> Any:
+        return getattr(processor, what, None)
+
+    scale = asked("rescale_factor")
+    other = "swaps their colours" if asked("do_flip_channel_order") else None
+    if not asked("do_rescale") or (scale is not None and abs(255 * scale - 1) > 1e-6):
+        other = "does not bring them to [0, 1]"
+    if other is not None:
+        raise InputError(
+            f"the image processor of {spec.text} {other}, which is not supported: name a file with a model that does "
+            "so itself, as path/to/file.py:function"
+        )
+    size = asked("crop_size") if asked("do_center_crop") and asked("crop_size") else processor.size
+    height = size.get("height") or size.get("shortest_edge")
+    width = size.get("width") or height
+    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    if asked("do_normalize"):
+        mean, std = tuple(processor.image_mean), tuple(processor.image_std)
+    return Preprocessing(size=(height, width), mean=mean, std=std, source="hf")
 
 
 def check_model(model: nn.Module, preprocessing: Preprocessing, num_classes: int) -> None:

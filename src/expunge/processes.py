@@ -173,13 +173,12 @@ def shared_statistics(counted: bool) -> Iterator[None]:
     ) -> Tensor:
         if not training:
             return alone(input, running_mean, running_var, weight, bias, False, momentum, eps)
-        normalized, mean, variance, count = _Normalize.apply(input, eps, counted)
+        normalized, mean, variance, count = _Normalize.apply(input, weight, bias, eps, counted)
         if running_mean is not None and running_var is not None:
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             running_var.lerp_((variance * count / (count - 1)).to(running_var.dtype), momentum)
-        shape = (1, -1, *(1 for _ in input.shape[2:]))
-        scaled: Tensor = normalized if weight is None else normalized * weight.view(shape)
-        return scaled if bias is None else scaled + bias.view(shape)
+        answer: Tensor = normalized
+        return answer
 
     F.batch_norm = batch_norm
     try:
@@ -189,16 +188,19 @@ def shared_statistics(counted: bool) -> Iterator[None]:
 
 
 class _Normalize(torch.autograd.Function):
-    """(x - mean) / std over all axes but the second and over all processes; also mean, variance, number of values.
+    """weight (x - mean) / std + bias over all axes but the second and over all processes; also mean, variance, number.
 
-    Means of processes are joined as in Chan et al., 1979: sums of squares around each one's own mean do not cancel.
+    Sums are float32 whatever `x` is, and what comes out is as `x`, as in torch's own. Means of processes are joined as
+    in Chan et al., 1979: sums of squares around each one's own mean do not cancel.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float, counted: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, counted: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         axes = [axis for axis in range(x.ndim) if axis != 1]
         own = x.numel() // x.shape[1] if counted else 0
-        around, mine = torch.var_mean(x, axes, correction=0)
+        around, mine = torch.var_mean(x.float(), axes, correction=0)
         parts = torch.stack([torch.full_like(mine, own), mine, around]).unsqueeze(0)
         everybody = [torch.empty_like(parts) for _ in range(dist.get_world_size())]
         dist.all_gather(everybody, parts)
@@ -208,20 +210,29 @@ class _Normalize(torch.autograd.Function):
         variance = (counts * (variances + (means - mean).square())).sum(0) / total
         shape = (1, -1, *(1 for _ in x.shape[2:]))
         deviation = (variance + eps).rsqrt()
-        normalized = (x - mean.view(shape)) * deviation.view(shape)
-        ctx.save_for_backward(normalized, deviation, total)
-        ctx.counted, ctx.axes, ctx.shape = counted, axes, shape
+        answer = (x.float() - mean.view(shape)) * deviation.view(shape)
+        if weight is not None:
+            answer = answer * weight.view(shape)
+        if bias is not None:
+            answer = answer + bias.view(shape)
+        # the input, which is alive anyway: what is normalized is worked out again
+        ctx.save_for_backward(x, mean, deviation, total, *(() if weight is None else (weight,)))
+        ctx.counted, ctx.axes, ctx.shape, ctx.biased = counted, axes, shape, bias is not None
         ctx.mark_non_differentiable(mean, variance, total)
-        return normalized, mean, variance, total
+        return answer.to(x.dtype), mean, variance, total
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None]:
-        normalized, deviation, total = ctx.saved_tensors
-        given = gradients[0]
-        sums = torch.stack([given.sum(ctx.axes), (given * normalized).sum(ctx.axes)])
-        if not ctx.counted:
-            sums.zero_()
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        x, mean, deviation, total, *weights = ctx.saved_tensors
+        given = gradients[0].float()
+        normalized = (x.float() - mean.view(ctx.shape)) * deviation.view(ctx.shape)
+        own = torch.stack([given.sum(ctx.axes), (given * normalized).sum(ctx.axes)])
+        sums = own.clone() if ctx.counted else torch.zeros_like(own)
         dist.all_reduce(sums)
         offset, slope = ((part / total).view(ctx.shape) for part in sums)
-        passed = (given - offset - normalized * slope) * deviation.view(ctx.shape)
-        return passed if ctx.counted else torch.zeros_like(passed), None, None
+        scale = deviation * weights[0] if weights else deviation
+        passed = (given - offset - normalized * slope) * scale.view(ctx.shape)
+        if not ctx.counted:
+            passed = torch.zeros_like(passed)
+        of_weight = own[1].to(weights[0].dtype) if weights else None
+        return passed.to(x.dtype), of_weight, own[0] if ctx.biased else None, None, None

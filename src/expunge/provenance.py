@@ -11,20 +11,21 @@ import hmac
 import json
 import secrets
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from expunge import __version__
-from expunge.data import ImageTable, Staged, StreamedImages, TensorImages
+from expunge.data import Staged, StreamedImages
 from expunge.errors import InputError
 from expunge.files import canonical_json, content_hash, digest
-from expunge.schema import IMAGES, Preprocessing, Sample
+from expunge.schema import IMAGES, Sample
 from expunge.weights import load_weights, untied, weights_file
 
 PACKAGE = Path(__file__).parent
@@ -144,19 +145,23 @@ def sample_hash(salt: str, image: Tensor, label: int) -> str:
     return hmac.digest(bytes.fromhex(salt), message, "sha256").hex()
 
 
-def hash_samples(
-    staged: Staged, table: ImageTable, preprocessing: Preprocessing, *, salt: str, skip_bad: bool
-) -> SampleHashes:
-    """Hash every image of a staged table; one that is streamed is decoded once more for it."""
-    samples: Iterable[Sample] = _each(staged.dataset)
-    if isinstance(staged.dataset, StreamedImages):
-        samples = StreamedImages(table, preprocessing, shuffle=False, skip_bad=skip_bad)
-    return SampleHashes(salt, tuple(sorted(sample_hash(salt, image, int(label)) for image, label in samples)))
+def hash_samples(staged: Staged, *, salt: str) -> tuple[SampleHashes, Staged]:
+    """Hash every image of a staged table; one that is streamed is decoded once more for it.
 
-
-def _each(images: TensorImages | StreamedImages) -> Iterator[Sample]:
-    if isinstance(images, TensorImages):
-        yield from zip(images.images, images.labels.tolist(), strict=True)
+    Returns:
+        The hashes, and what was staged, without images of a stream that turned out not to be decodable.
+    """
+    dataset = staged.dataset
+    samples: Iterable[Sample]
+    if isinstance(dataset, StreamedImages):
+        samples = in_order = dataset.of(np.arange(len(dataset)), shuffle=False)
+    else:
+        samples = zip(dataset.images, dataset.labels.tolist(), strict=True)
+    hashes = SampleHashes(salt, tuple(sorted(sample_hash(salt, image, int(label)) for image, label in samples)))
+    if isinstance(dataset, StreamedImages) and in_order.bad:
+        good = np.setdiff1d(np.arange(len(dataset)), sorted(in_order.bad))
+        return hashes, Staged(dataset.of(good, shuffle=dataset.shuffle), staged.skipped + len(in_order.bad))
+    return hashes, staged
 
 
 def read_samples(path: Path) -> SampleHashes:

@@ -119,9 +119,18 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return [
         block
         for run in outermost(model, nn.Sequential, nn.ModuleList)
-        for block in run.children()
-        if _has_parameters(block)
+        for child in run.children()
+        for block in _called(child)
     ]
+
+
+def _called(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield a module with parameters, or, of a list of modules, which nobody calls, those in it."""
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        for child in module.children():
+            yield from _called(child)
+    elif _has_parameters(module):
+        yield module
 
 
 def _has_parameters(module: nn.Module) -> bool:

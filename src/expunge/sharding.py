@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 import os
+from collections import Counter
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from expunge.errors import InputError, first_line
 from expunge.processes import FSDP, ranks
 from expunge.recompute import blocks
 
@@ -27,6 +29,9 @@ def shards_of(model: nn.Module) -> nn.Module:
     """Return a copy of `model` of which each process holds a share of every parameter; buffers are whole in all.
 
     The blocks of a model are put together one at a time, as they are needed, in the forward and in the backward pass.
+
+    Raises:
+        InputError: torch cannot shard this model: it has a scalar parameter, or blocks share one.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard  # as long to import as the rest of torch
@@ -35,9 +40,16 @@ def shards_of(model: nn.Module) -> nn.Module:
     mesh = init_device_mesh(device.type, (ranks().size,))
     # it takes contiguous parameters alone
     shards = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-    for block in blocks(shards):
-        fully_shard(block, mesh=mesh)
-    fully_shard(shards, mesh=mesh)  # changes it in place
+    owners = Counter(id(parameter) for block in blocks(shards) for parameter in set(block.parameters()))
+    why = "a parameter is shared by several of its blocks" if max(owners.values(), default=1) > 1 else None
+    try:
+        for block in blocks(shards) if why is None else ():
+            fully_shard(block, mesh=mesh)
+        fully_shard(shards, mesh=mesh)  # changes it in place
+    except ValueError as error:
+        why = first_line(error)
+    if why is not None:
+        raise InputError(f"cannot shard {type(model).__name__} among processes ({why}): leave out --fsdp")
     return shards
 
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset, IterableDataset
@@ -38,6 +39,7 @@ from expunge.training import (
     evaluating,
     fastest_layout,
     has_running_statistics,
+    is_out_of_memory,
     precision_for,
 )
 
@@ -237,24 +239,31 @@ def retained_answers(logits: Tensor, gone: tuple[int, ...], temperature: float =
 def refreshed(model: nn.Module, images: Tensor) -> nn.Module:
     """Return a copy of `model`, in eval mode, whose running statistics are those of `images` alone.
 
-    A model without BatchNorm is returned itself; of a single image nothing is measured.
+    A model without BatchNorm is returned itself; of a single image nothing is measured. Where memory runs short,
+    batches are halved, and statistics are the means of theirs.
     """
     copied = copy.deepcopy(model).eval()
     layers = [m for m in copied.modules() if isinstance(m, _BatchNorm) and has_running_statistics(m)]
-    if len(images) % PREDICT_BATCH == 1:  # one image has no variance
-        images = images[:-1]
     if not layers:
         return model
-    if len(images) == 0:
+    if len(images) < 2:
         return copied
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None  # the mean over all batches
-        layer.training = True
-    device = device_of(model)
-    for batch in torch.split(images, PREDICT_BATCH):
-        copied(batch.to(device))
-    return copied.eval()
+    device, size = device_of(model), PREDICT_BATCH
+    while True:
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.momentum = None  # the mean over all batches
+            layer.training = True
+        try:
+            for batch in torch.split(images, size):
+                if len(batch) > 1:  # one image has no variance
+                    copied(batch.to(device))
+            return copied.eval()
+        except RuntimeError as error:
+            if size <= 2 or not is_out_of_memory(error):
+                raise
+        size //= 2
+        clear_device_cache(garbage_collection=True)
 
 
 def descend(
@@ -283,7 +292,8 @@ def descend(
     parts = Parts(meter, 0 if model.training else 1)
     if parts.least:
         # asked before, since a machine that runs out of memory ends the process instead of raising an error
-        one = partial(answer, model, images[:1], meter.precision)
+        # a tensor of its own: what is kept of a view is the whole batch
+        one = partial(answer, model, images[:1].detach().clone().requires_grad_(), meter.precision)
         parts.limit(len(images), images_that_fit(model, device, one))
 
     def learn(rows: slice) -> tuple[float, int]:

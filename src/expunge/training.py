@@ -111,7 +111,7 @@ def train(
     optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
     runner: nn.Module | None = None
     loss_of = objective or (lambda logits, batch: F.cross_entropy(logits, batch.labels))
-    left = steps - first_epoch * len(loader)
+    left = max(0, steps - first_epoch * len(loader))
     done = False
     layout = torch.contiguous_format
 
@@ -130,9 +130,11 @@ def train(
             with seeded(seed_of(seed, epoch)), statistics:
                 if hasattr(mixed, "set_epoch"):
                     mixed.set_epoch(epoch)
-                for pieces, share in loader:
+                for number, (pieces, share) in enumerate(loader):
                     if meter.steps == left or done:
                         break
+                    if share.size == 1 and normalized:  # what else it came with could not be decoded
+                        continue
                     real = real_labels(pieces, share)
                     if not real.keys().isdisjoint(refused):
                         raise InputError(
@@ -147,7 +149,7 @@ def train(
                     run = partial(answer, runner, precision=meter.precision, recomputes=config.gradient_checkpointing)
                     learn = partial(_learn, run, loss_of, share, layout, backward, batch)
                     running.keep()
-                    with share.drawing(seed, epoch, meter.steps), share.statistics():
+                    with share.drawing(seed, epoch, number), share.statistics():
                         value, correct = parts.add_up(len(batch.labels), learn, optimizer.zero_grad, running)
                     if not math.isfinite(value):
                         raise DivergedError(
@@ -390,18 +392,34 @@ def to_train(model: nn.Module, mode: LayerMode) -> None:
     for module in model.modules():
         # without train mode cuDNN's recurrent layers have no backward pass, and transformers keeps all activations
         needed = isinstance(module, nn.RNNBase) or getattr(module, "gradient_checkpointing", False)
-        by_batch = mode == "batch" and has_running_statistics(module)
-        module.training = mode == "train" or by_batch or bool(needed)
+        by_batch = has_running_statistics(module)
+        # a layer that was frozen stays as it is, its statistics too
+        wanted = mode == "train" or (mode == "batch" and by_batch)
+        module.training = (wanted and not (by_batch and _is_frozen(module))) or bool(needed)
 
 
 def _by_the_batch(model: nn.Module, config: TrainConfig) -> bool:
     """Return whether layers normalize by the batch, so that what an image gives depends on the others in it."""
-    return config.mode != "eval" and any(map(has_running_statistics, model.modules()))
+    return config.mode != "eval" and normalizes_by_the_batch(model)
 
 
 def has_running_statistics(module: nn.Module) -> bool:
-    """Return whether a module keeps statistics of its inputs in train mode (BatchNorm and its kin)."""
-    return getattr(module, "running_mean", None) is not None
+    """Return whether a module keeps statistics of its inputs in train mode (BatchNorm and its kin).
+
+    A FrozenBatchNorm, of torchvision or timm, has such statistics too, and nothing to move them with.
+    """
+    return getattr(module, "running_mean", None) is not None and hasattr(module, "momentum")
+
+
+def normalizes_by_the_batch(model: nn.Module) -> bool:
+    """Return whether a layer of a model in train mode moves its statistics, and what is one image's hangs on others."""
+    return any(has_running_statistics(module) and not _is_frozen(module) for module in model.modules())
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    """Return whether a layer has parameters of its own, and none is to be trained."""
+    own = list(module.parameters(recurse=False))
+    return bool(own) and not any(parameter.requires_grad for parameter in own)
 
 
 @contextmanager

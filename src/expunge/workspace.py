@@ -174,10 +174,12 @@ def pick_device(device: str | None) -> torch.device:
     place = ranks()
     if place.size > 1 and device is not None and device != "cpu":
         raise InputError(f"expected no --device with several processes, got {device!r}: each takes its own")
-    if device is None:
-        from accelerate import PartialState
+    from accelerate import PartialState
 
+    if device is None:
         return torch.device(PartialState().device)
+    if place.size > 1 and torch.device(PartialState().device).type != "cpu":
+        raise InputError("several processes use the GPU here: for the CPU, start them by accelerate launch --cpu")
     try:
         torch.zeros(1, device=device)
         return torch.device(device)

@@ -35,7 +35,7 @@ from expunge.signals import (
     read_signals,
     retained_answers,
 )
-from expunge.training import Objective, answer, has_running_statistics, predict, train
+from expunge.training import Objective, answer, normalizes_by_the_batch, predict, train
 
 NOTEBOOK_DEFECTS = {
     "three_noise_images": "of each class's noise only as many images as an image has channels are used",
@@ -555,7 +555,7 @@ class _Calibrated:
         self.split = replace(split, retain=training)
         samples = sum(count_labels(training).values())
         mildness = min(1.0, math.sqrt(samples / plan.plenty))
-        normalized = any(map(has_running_statistics, model.modules()))
+        normalized = normalizes_by_the_batch(model)
         fitting = _fitting_batch(samples)
 
         def fitted(own: TrainConfig, few_rate: float) -> TrainConfig:
