@@ -201,8 +201,14 @@ def test_each_run_is_entered_beside_its_folder_and_listed(tmp_path: Path, traine
     with writing(other) as entry:
         entry.append({})
     told = invoke("verify", str(tmp_path / "b"), "--ledger", str(other))
-    assert told.exit_code == 0
+    assert told.exit_code == 1
     assert "is not the ledger the record was entered in" in told.stdout
+    path.unlink()
+    other.rename(path)
+    told = invoke("verify", str(tmp_path / "b"))
+    assert told.exit_code == 0  # nobody said that it should be this one
+    assert "is not the ledger the record was entered in" in told.stdout
+    assert "was entered in another ledger" in invoke("log", "--check", "--ledger", str(path)).stdout
 
 
 def test_entries_whose_record_is_gone_or_another_are_named(tmp_path: Path, trained: Trained) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from expunge.data import ImageTable, StreamedImages, count_labels, draw, open_so
 from expunge.errors import InputError
 from expunge.evaluation import environment
 from expunge.files import json_text
+from expunge.methods import PRESETS
 from expunge.models import AllCNN
 from expunge.provenance import SAMPLE, SampleHashes, seal, tensors_digest, weights_digests
 from expunge.schema import Preprocessing, Record
@@ -295,6 +297,62 @@ def test_a_measure_edited(erased: Erased) -> None:
         erased.first, audit=True
     )
     assert "the chain is cut: the earlier record" in " ".join(erased.wrong(erased.second))
+
+
+def test_an_outcome_that_was_edited_and_a_ledger_denied(erased: Erased) -> None:
+    def better(record: dict[str, Any]) -> None:
+        record["checks"].update(kept=not record["checks"]["kept"])
+        record["provenance"]["ledger"] = None
+
+    edit(erased.first, better, hash_anew=True)
+    ledger, measures = erased.wrong(erased.first, audit=True)
+    assert ledger.startswith("ledger: the run was entered in no ledger, says the record, but entry 1 of ")
+    assert measures == "measures: measured again, other than recorded: checks.kept"
+    (erased.root / "expunge-ledger.sqlite").unlink()
+    (found,) = erased.check(erased.first)["ledger"]
+    assert found == Finding("ledger", None, "the run was entered in no ledger")
+
+
+def test_what_an_erasure_read_and_how_it_went_is_replayed(erased: Erased) -> None:
+    def better(record: dict[str, Any]) -> None:
+        record["samples_read"]["method"]["4"] += 1
+        record["cost"]["steps"] -= 1
+        record["checks"]["signals"] = not record["checks"]["signals"]
+        record["calibration"]["rounds"] += 1
+
+    edit(erased.first, better, hash_anew=True)
+    changed = ["calibration.rounds", "checks.signals", "cost.steps", "samples_read.method.4"]
+    (line,) = [one for one in erased.wrong(erased.first, replay=True) if one.startswith("replay")]
+    assert line == f"replay: the record tells otherwise of it: {', '.join(changed)}"
+
+
+def test_a_replay_has_the_settings_of_the_record_whatever_the_preset_has_by_now(
+    erased: Erased, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    default = PRESETS["unsir"]["default"]
+
+    def other() -> Any:
+        made = default()
+        return replace(made, noise_share=0.4, impair=replace(made.impair, lr=0.1, clip_value=1.0))
+
+    monkeypatch.setitem(PRESETS["unsir"], "default", other)
+    found = erased.check(erased.first, replay=True)["replay"]
+    assert [one.sentence for one in found] == ["the erasure gives the same weights again, bit for bit"]
+
+    def later(record: dict[str, Any]) -> None:
+        record["config"]["of_then"] = 3
+
+    edit(erased.first, later, hash_anew=True)
+    assert again.settings_of(record_of(erased.first))[1] == ["the setting of_then"]
+
+
+def test_a_record_of_several_processes_is_not_called_wrong(erased: Erased, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit(erased.first, lambda record: record["environment"].update(processes=2), hash_anew=True)
+    edit(erased.first, lambda record: record.update(seed=5), hash_anew=True)
+    monkeypatch.setattr(again, "REPLAY_TOLERANCE", 0.1)  # as far off as other draws are
+    (found,) = erased.check(erased.first, replay=True)["replay"]
+    assert "processes 2 -> 1: a model with dropout draws otherwise in several processes" in found.sentence
+    assert found.ok is None
 
 
 def test_the_chain_cut(erased: Erased) -> None:

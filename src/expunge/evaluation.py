@@ -35,6 +35,7 @@ from expunge.metrics import (
     zero_retrain_forgetting,
 )
 from expunge.models import reinitialized
+from expunge.processes import ranks
 from expunge.provenance import library_versions
 from expunge.schema import Phase, Predictions, Preprocessing, Record, Split
 from expunge.training import device_of, predict
@@ -125,7 +126,7 @@ def evaluate(
     handed = count_labels(split.retain)
     evaluation_phases = journal.phases[started:]
     held_out, trained_on = (
-        _by_name([phase for phase in evaluation_phases if phase.name == f"evaluate after{on}"], names)
+        samples_of([phase for phase in evaluation_phases if phase.name == f"evaluate after{on}"], names)
         for on in ("", ON_TRAINING)
     )
     if audits and split.forget is not None:  # attacks may read all of them
@@ -150,7 +151,7 @@ def evaluate(
         cost=cost_of(phases, evaluation_phases),
         samples_read={
             "retain_sample": {name: handed.get(label, 0) for label, name in enumerate(names)},
-            "method": _by_name(phases, names),
+            "method": samples_of(phases, names),
             "evaluation": held_out,
             "evaluation_training": trained_on,
         },
@@ -390,6 +391,7 @@ def environment(model: nn.Module) -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
+        "processes": ranks().size,
         "cpu": torch.backends.cpu.get_cpu_capability(),  # its vector instructions, which decide how sums are rounded
         "libraries": library_versions(),
     }
@@ -419,5 +421,6 @@ def _names(split: Split, num_classes: int) -> tuple[str, ...]:
     return split.class_names or tuple(str(label) for label in range(num_classes))
 
 
-def _by_name(phases: Sequence[Phase], names: Sequence[str]) -> dict[str, int]:
+def samples_of(phases: Sequence[Phase], names: Sequence[str]) -> dict[str, int]:
+    """Return how many real samples of each class phases read, by name."""
     return {name: sum(phase.label_counts.get(label, 0) for phase in phases) for label, name in enumerate(names)}

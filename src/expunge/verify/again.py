@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from expunge.audits import AUDITS
-from expunge.commands import RetainOptions, audit_command, erase, measure_again, prepare
-from expunge.config import as_json, precision_settings
+from expunge.commands import Erasure, RetainOptions, Task, audit_command, erase, measure_again, prepare
+from expunge.config import as_json, override, precision_settings
 from expunge.errors import InputError
-from expunge.evaluation import environment
+from expunge.evaluation import cost_of, environment, samples_of
 from expunge.journal import Journal
 from expunge.methods import PRESETS
 from expunge.models import parse_model
@@ -59,6 +59,7 @@ def replay_erasure(folder: Path, record: Content, where: Elsewhere, journal: Jou
         yield Finding("replay", False, f"not run: {original} does not hold the original weights")
         return
     salt = read_samples(folder / SAMPLE).salt if (folder / SAMPLE).is_file() else None
+    settings, unlike = settings_of(record)
     with _same_threads(record):
         task = prepare(
             _data_options(record, where),
@@ -73,7 +74,7 @@ def replay_erasure(folder: Path, record: Content, where: Elsewhere, journal: Jou
             ),
             method=record["method"],
             preset=record["config"]["preset"],
-            settings=[*record["config"]["settings"], *precision_of(record)],
+            settings=settings,
             seed=record["seed"],
             device=_device(record, where),
             salt=salt,
@@ -84,10 +85,13 @@ def replay_erasure(folder: Path, record: Content, where: Elsewhere, journal: Jou
     if salt is not None and task.samples.fingerprint != provenance["retain_sample"]["fingerprint"]:
         yield Finding("replay", False, _sample_differs(read_samples(folder / SAMPLE), task.samples))
     made = done.unlearned.state_dict()
+    same_code = provenance["code"]["source"] == code_digests()["source"]
     if tensors_digest(made) == provenance["weights"]["unlearned"]["tensors"]:
         yield Finding("replay", True, "the erasure gives the same weights again, bit for bit")
+        if same_code and (other := _told_otherwise(record, task, done, journal)):
+            yield Finding("replay", False, f"the record tells otherwise of it: {_listed(other)}")
         return
-    differing = _surroundings(record, here)
+    differing = [*_surroundings(record, here), *unlike] + ([] if same_code else ["the code"])
     exact = not differing and here["device"] == "cpu"
     recorded = load_weights(folder / "unlearned.safetensors")[0]
     moved = relative_distance(load_weights(original)[0], recorded)
@@ -98,7 +102,59 @@ def replay_erasure(folder: Path, record: Content, where: Elsewhere, journal: Jou
         return
     cause = f"; different here, which alone can change bits: {', '.join(differing)}" if differing else ""
     let = f"up to {REPLAY_TOLERANCE:.2g} is let pass where bits may differ"
+    if share > REPLAY_TOLERANCE and _processes(record["environment"]) != _processes(here):
+        why = "a model with dropout draws otherwise in several processes, so this tells nothing"
+        yield Finding("replay", None, f"{told}{cause}: {why}")
+        return
     yield Finding("replay", share <= REPLAY_TOLERANCE, f"{told} ({let}){cause}")
+
+
+def _told_otherwise(record: Content, task: Task, done: Erasure, journal: Journal) -> list[str]:
+    """Return what a record says of an erasure that gave its weights and that was not so when it was done again."""
+    cost = cost_of(done.phases, ())
+    now = {
+        "samples_read": {"method": samples_of(done.phases, task.workspace.class_names)},
+        "cost": {name: cost[name] for name in ("steps", "samples")},
+        "calibration": as_json(journal.calibration),
+        "checks": {"signals": journal.calibration.reached if journal.calibration is not None else None},
+    }
+    then = {part: {name: record[part][name] for name in now[part]} for part in ("samples_read", "cost", "checks")}
+    comparison = Comparison(SAME_TOLERANCE, words=True)
+    comparison.compare(then | {"calibration": record["calibration"]}, json.loads(json.dumps(now)))
+    return list(dict.fromkeys(comparison.changed)) + comparison.lacking
+
+
+def settings_of(record: Content) -> tuple[list[str], list[str]]:
+    """Return the settings by which a method is configured as a record says, whatever its preset has by now.
+
+    Returns:
+        `name=value` changes of the preset, and in words what cannot be set: of a method that was made otherwise since.
+    """
+    settings = [*record["config"]["settings"], *precision_of(record)]
+    config = override(PRESETS[record["method"]][record["config"]["preset"]](), settings)
+    unlike: list[str] = []
+
+    def compare(then: Any, now: Any, path: str) -> None:
+        for name in sorted({*then, *now} - {"precision"}):
+            inner = f"{path}.{name}".removeprefix(".")
+            if name not in then or name not in now or (isinstance(then[name], Mapping) and now[name] is None):
+                unlike.append(f"the setting {inner}")
+            elif isinstance(then[name], Mapping):
+                compare(then[name], now[name], inner)
+            elif then[name] != now[name]:
+                value = ",".join(map(str, then[name])) if isinstance(then[name], list) else then[name]
+                settings.append(f"{inner}={value}")
+
+    compare({key: value for key, value in record["config"].items() if key not in AROUND}, as_json(config), "")
+    return settings, unlike
+
+
+AROUND = ("preset", "settings", "include_images")
+"""What a record's configuration has beside the method's own."""
+
+
+def _processes(environment: Content) -> int:
+    return int(environment.get("processes", 1))
 
 
 def precision_of(record: Content) -> list[str]:
@@ -158,8 +214,11 @@ def check_measures(folder: Path, record: Content, where: Elsewhere, journal: Jou
     differing = _surroundings(record, again.environment)
     exact = not differing and again.environment["device"] == "cpu"
     same_code = record["provenance"]["code"]["source"] == code_digests()["source"]
-    then = {name: record[name] for name in ("metrics", "audits", "verdict")}
-    now = json.loads(json.dumps({"metrics": again.metrics, "audits": again.audits, "verdict": again.verdict}))
+    measured = {name: getattr(again, name) for name in ("metrics", "audits", "verdict", "checks")}
+    then = {name: record[name] for name in measured}
+    now = json.loads(json.dumps(measured))
+    for one in (then, now):  # what signals said in the run is no measure; `replay_erasure` looks at it
+        one["checks"] = {name: value for name, value in one["checks"].items() if name != "signals"}
     comparison = Comparison(SAME_TOLERANCE if exact else MEASURE_TOLERANCE, words=exact and same_code)
     comparison.compare(then, now)
     changed, lacking = list(dict.fromkeys(comparison.changed)), comparison.lacking
@@ -255,6 +314,8 @@ def _surroundings(record: Content, here: Content) -> list[str]:
     then = record["environment"]
     found = [f"{name} {then.get(name)} -> {here[name]}" for name in ("torch", "device", "threads", "cpu", "platform")
              if then.get(name) != here[name]]  # fmt: skip
+    if _processes(then) != _processes(here):
+        found.append(f"processes {_processes(then)} -> {_processes(here)}")
     libraries = then.get("libraries") or {}
     for name, version in here["libraries"].items():
         if libraries.get(name) != version:

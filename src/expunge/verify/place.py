@@ -81,11 +81,12 @@ def _forgotten_before(folder: Path, record: Content) -> set[str]:
 
 def check_place(folder: Path, record: Content, where: Elsewhere) -> Iterator[Finding]:
     place = record["provenance"]["ledger"]
-    if place is None:
-        yield Finding("ledger", None, "the run was entered in no ledger")
-        return
     usual = [folder.resolve().parent / LEDGER, folder / LEDGER]  # the second is where expunge demo has it
     found = [path for path in usual if path.is_file()]
+    if place is None:
+        told = next(filter(None, (_entered(path, folder, record) for path in (where.ledger, *found) if path)), None)
+        yield Finding("ledger", False if told else None, f"the run was entered in no ledger{told or ''}")
+        return
     path = where.ledger or next((path for path in found if _begins_with(path, place["id"])), (*found, None)[0])
     if path is None:
         yield Finding("ledger", None, f"no ledger at {usual[0]}: not checked (name it with --ledger)")
@@ -101,14 +102,29 @@ def check_place(folder: Path, record: Content, where: Elsewhere) -> Iterator[Fin
     for line in broken:
         yield Finding("ledger", False, f"{path}: {line}")
     if entries and entries[0].hash != place["id"] and not broken:
-        told = f"{path} is not the ledger the record was entered in ({str(place['id'])[:16]}): not checked"
-        yield Finding("ledger", None, told)
+        told = f"{path} is not the ledger the record was entered in ({str(place['id'])[:16]})"
+        named = where.ledger is not None
+        yield Finding("ledger", False if named else None, told if named else f"{told}: not checked")
         return
     gone = missing_after(entries, record)
     if gone is not None:
         yield Finding("ledger", False, f"{path}: {gone}")
     elif not broken:
         yield Finding("ledger", True, f"entry {place['count']} of {len(entries) - 1} in {path}, an unbroken chain")
+
+
+def _entered(path: Path, folder: Path, record: Content) -> str | None:
+    """Return what to say where a ledger has an entry of this folder and these weights all the same."""
+    try:
+        entries = read_entries(path)
+    except InputError:
+        return None
+    made = record["provenance"]["weights"]["unlearned"]["tensors"]
+    for entry in reversed(entries[1:]):
+        name = Path(str(entry.content.get("record"))).name  # a folder may have been moved, with what is around it
+        if entry.content.get("unlearned") == made and name == folder.resolve().name:
+            return f", says the record, but entry {entry.number} of {path} is of this folder and these weights"
+    return None
 
 
 def _begins_with(path: Path, ledger: str) -> bool:
@@ -144,7 +160,8 @@ def check_ledger(path: Path, places: Sequence[Path]) -> list[str]:
 def lost_records(path: Path, places: Sequence[Path]) -> list[str]:
     """Return a line for each entry of a ledger whose record is no longer where it was written, nor in folders.
 
-    That breaks no chain: a record may have been moved, withheld or replaced by a later run.
+    And for each record there of another ledger, in whose place this one may have been put. That breaks no chain: a
+    record may have been moved, withheld or replaced by a later run.
 
     Args:
         places: folders with records, or with folders of records.
@@ -153,7 +170,12 @@ def lost_records(path: Path, places: Sequence[Path]) -> list[str]:
         InputError: there is no ledger at `path`, or it cannot be read.
     """
     known, found = _records(places), []
-    for entry in read_entries(path)[1:]:
+    entries = read_entries(path)
+    for record in known.values():
+        place = record["provenance"]["ledger"]
+        if place is not None and entries and place["id"] != entries[0].hash:
+            found.append(f"the record {short(record)} was entered in another ledger ({str(place['id'])[:16]})")
+    for entry in entries[1:]:
         made, folder = entry.content.get("content_hash"), entry.content.get("record")
         if (
             not isinstance(made, str)
