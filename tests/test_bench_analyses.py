@@ -157,6 +157,13 @@ def test_data_of_ones_own_and_a_model_of_ones_own() -> None:
     assert (whole.original.per_class, whole.retain_per_class) == (None, 1000)
 
 
+def test_a_method_counts_once_however_often_it_is_named() -> None:
+    once = analysis_points(Request(methods=("fine_tune",), seeds=1))
+    assert analysis_points(Request(methods=("unsir", "fine_tune", "fine_tune"), seeds=1)) == once
+    series = {point.series for point in analysis_points(Request(methods=("unsir",), seeds=1))["features"]}
+    assert "fine_tune" not in series
+
+
 def test_a_setting_that_is_the_default_is_the_same_cell() -> None:
     one = Contender("unsir", "unsir", "default", ("noise_lr=0.2",))
     assert one.having(impair__lr=UnsirConfig().impair.lr) is one

@@ -324,6 +324,26 @@ def test_somebodys_own(tmp_path: Path) -> None:
     assert json.loads(records[0].read_text())["metrics"]["retrained"]
 
 
+def test_references_of_own_weights_lack_what_those_lack(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(NET)
+    model, weights, out = f"{tmp_path / 'net.py'}:net", tmp_path / "w.safetensors", tmp_path / "out"
+    recipe = TrainConfig(epochs=3, batch_size=32, lr=0.01, optimizer="adamw")
+    commands.train_command(DataOptions(spec="digits"), model, weights, config=recipe, leave_out=["3"])
+    words = [*own("digits", model, weights, out)[:-4], "--out", str(out), "--methods", "none", "--seeds", "1"]
+    refused = invoke(*words, "--classes", "5,3")
+    assert refused.exit_code == 2
+    assert "nothing to forget: the weights say that 3 was forgotten before or never seen" in refused.stderr
+    assert not out.exists()
+    done = invoke(*words, "--classes", "8")
+    assert done.exit_code == 0, done.output
+    (record,) = (json.loads(path.read_text()) for path in (out / "cells").glob("*/record.json"))
+    accuracies = record["metrics"]["retrained"]["per_class_accuracy"]
+    assert (accuracies["3"], accuracies["8"]) == (0.0, 0.0)
+    assert min(accuracies[name] for name in "012456") > 0.5
+    (reference,) = (out / "models").glob("*-without-*/weights.safetensors")
+    assert load_weights(reference)[1].never_seen == ("3", "8")
+
+
 def test_somebodys_own_without_images_of_the_classes(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(NET)
     model, weights, out = f"{tmp_path / 'net.py'}:net", tmp_path / "w.safetensors", tmp_path / "out"

@@ -158,6 +158,11 @@ def test_growth_varies_one_factor_at_a_time(tmp_path: Path) -> None:
     assert found["parameters", "seconds"].exponent.value == pytest.approx(0.5)
     assert found["parameters", "samples"].exponent.value == pytest.approx(0.0)
     assert ("retain_per_class", "seconds") not in found
+    faster = [one | {"variant": "fast", "preset": "fast", "seconds": one["seconds"] / 9} for one in rows]
+    apart = [one for one in growths([*rows, *faster]) if (one.factor, one.cost) == ("num_forget_classes", "seconds")]
+    assert [one.method for one in apart] == ["a", "a (fast)"]
+    assert [one.exponent.value for one in apart] == [pytest.approx(1.0)] * 2
+    assert [one.exponent.high - one.exponent.low for one in apart] == [pytest.approx(0.0, abs=1e-9)] * 2
     assert "| a | 1.00 [1.00, 1.00] |" in growth_table(list(found.values()))
     growth([found["parameters", "seconds"]], "seconds", "parameters")(tmp_path / "g.svg")
     assert "a: 0.50" in (tmp_path / "g.svg").read_text()

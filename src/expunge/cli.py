@@ -556,7 +556,9 @@ def bench(
                 "timeout_min": max(1, round(60 * (slurm_hours or 4.0))),
                 "gpus_per_node": slurm_gpus or 0,
             }
-            names = submit_command(suite, request, out, jobs=jobs, parameters=parameters)
+            names = submit_command(
+                suite, request, out, jobs=jobs, parameters=parameters, retry_failed=retry_failed, device=device
+            )
             typer.echo(f"Submitted {', '.join(names)}. The same command without --slurm writes the tables.")
             return
         show = None if quiet or as_json else terminal.shown

@@ -33,6 +33,7 @@ class Original:
     seed: int = 0  # of training
     weights: Path | None = None  # somebody's own: nothing is trained but the references
     digest: str | None = None  # of those weights, the data and the model's file
+    gone: tuple[str, ...] = ()  # classes that they forgot before or never saw: no reference shall know them
 
     @property
     def id(self) -> str:
@@ -41,6 +42,7 @@ class Original:
             options["memory"] = self.options.memory
         model = re.sub(r"^.*/(?=[^/]+\.py:)", "", self.model)  # a file's folder is no part of the model
         rest = [as_json(self.recipe), options, model, self.per_class, self.augment, self.digest]
+        rest += [sorted(self.gone)] if self.gone else []
         return f"{slug(self.data)}-{model_name(self.model)}-t{self.seed}-{_hash(rest)}"
 
     @property

@@ -119,7 +119,15 @@ def bench_command(
 
 
 def submit_command(
-    suite: str, request: Request, out: Path, *, jobs: int, parameters: Mapping[str, Any], cluster: str = "slurm"
+    suite: str,
+    request: Request,
+    out: Path,
+    *,
+    jobs: int,
+    parameters: Mapping[str, Any],
+    cluster: str = "slurm",
+    retry_failed: bool = False,
+    device: str | None = None,
 ) -> list[str]:
     """Submit `jobs` jobs to a cluster, each running the same suite on the same folder; return the jobs' ids.
 
@@ -129,7 +137,9 @@ def submit_command(
     check_jobs(jobs)
     cells = plan(suite, request, out).cells
     try:
-        submitted = submit_cells(cells, out, jobs=jobs, cluster=cluster, parameters=parameters)
+        submitted = submit_cells(
+            cells, out, jobs=jobs, cluster=cluster, parameters=parameters, retry_failed=retry_failed, device=device
+        )
         return [str(job.job_id) for job in submitted]
     except ImportError as error:
         raise InputError("a cluster needs submitit: pip install 'expunge[slurm]'") from error
@@ -222,8 +232,16 @@ def _check_data(cells: Sequence[Cell]) -> None:
         refuse_idle_columns(options, source)
         source, _ = align(source, options.class_names)
         known: dict[frozenset[int], tuple[str, ...]] = {}
-        for forget in dict.fromkeys(cell.forget for cell in cells if cell.original.options == options):
+        here = [cell for cell in cells if cell.original.options == options]
+        names = {name for cell in here for name in cell.original.gone}
+        for forget in dict.fromkeys(cell.forget for cell in here):
             labels = frozenset(resolve_classes(forget, source.class_names))
+            again = [source.class_names[label] for label in sorted(labels) if source.class_names[label] in names]
+            if again:
+                which = "were" if len(again) > 1 else "was"
+                raise InputError(
+                    f"nothing to forget: the weights say that {', '.join(again)} {which} forgotten before or never seen"
+                )
             if labels in known:
                 both = " and ".join(",".join(one) for one in (known[labels], forget))
                 raise InputError(f"{both} are the same classes: give each set once")

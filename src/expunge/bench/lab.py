@@ -77,7 +77,7 @@ class Lab:
         path = folder_of(item, self.out) / WEIGHTS
         path.parent.mkdir(parents=True, exist_ok=True)
         checkpoint = path.with_name(path.name + ".resume")
-        leave_out = item.forget if isinstance(item, Reference) else ()
+        leave_out = (*item.forget, *original.gone) if isinstance(item, Reference) else ()
 
         def train() -> None:
             train_command(

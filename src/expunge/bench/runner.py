@@ -272,6 +272,7 @@ def submit_cells(
     cluster: str = "slurm",
     parameters: Mapping[str, Any],
     retry_failed: bool = False,
+    device: str | None = None,
 ) -> list[Any]:
     """Submit `jobs` jobs that each run the same cells on the shared folder; return them, as submitit does.
 
@@ -287,4 +288,4 @@ def submit_cells(
     executor = submitit.AutoExecutor(folder=out / "jobs" / "%j", cluster=cluster)
     executor.update_parameters(name="expunge-bench", **parameters)
     with executor.batch():
-        return [executor.submit(run_cells, cells, out, retry_failed=retry_failed) for _ in range(jobs)]
+        return [executor.submit(run_cells, cells, out, retry_failed=retry_failed, device=device) for _ in range(jobs)]

@@ -25,7 +25,7 @@ COSTS = ("seconds", "cpu_seconds", "steps", "samples", "flops", "peak_memory_byt
 class Growth:
     """How one cost of one method grows with one factor: cost ~ factor ** exponent."""
 
-    method: str
+    method: str  # with its preset, where that is not the default
     cost: str
     factor: str
     exponent: Interval  # 95 %; unbounded where two points were all
@@ -59,13 +59,14 @@ def growths(rows: Sequence[Row]) -> list[Growth]:
     done = [row for row in rows if row["status"] == "done"]
     usual = {factor: Counter(row[factor] for row in done).most_common(1)[0][0] for factor in FACTORS if done}
     found = []
-    for method in dict.fromkeys(row["method"] for row in done):
+    for method, variant in dict.fromkeys((row["method"], row["variant"]) for row in done):
+        label = method if variant == "default" else f"{method} ({variant})"
         for factor in FACTORS:
             others = [name for name in FACTORS if name != factor]
             varied = [
                 row
                 for row in done
-                if row["method"] == method
+                if (row["method"], row["variant"]) == (method, variant)
                 and row["variant"] == row["preset"]
                 and not row["settings"]
                 and all(row[name] == usual[name] for name in others)
@@ -75,7 +76,7 @@ def growths(rows: Sequence[Row]) -> list[Growth]:
                 points = sorted((float(row[factor]), value) for row in varied if (value := _cost(row, cost)))
                 if len({x for x, _ in points}) >= 2:
                     x, y = zip(*points, strict=True)
-                    found.append(Growth(method, cost, factor, fit_exponent(x, y), x, y))
+                    found.append(Growth(label, cost, factor, fit_exponent(x, y), x, y))
     return found
 
 

@@ -195,6 +195,7 @@ def own(request: Request) -> list[Cell]:
         size=request.data.size or (shown.size if shown else None),
         channels=request.data.channels or (shown.channels if shown else None),
     )
+    gone = tuple(dict.fromkeys((*metadata.forgotten, *metadata.never_seen)))
     original = Original(
         data=slug(Path(request.data.spec).name),
         options=options,
@@ -204,6 +205,7 @@ def own(request: Request) -> list[Cell]:
         augment=None if stated is None else False,  # a recipe says itself whether images are mirrored and shifted
         seed=training.get("seed", 0),
         weights=request.weights,
+        gone=gone,
         digest=_digest(request.weights, model, options),
     )
     cells = _grid(
@@ -276,7 +278,8 @@ def analysis_points(request: Request) -> dict[str, list[Point]]:
         test_per_class=100 if original.per_class else None,
         others=tuple(
             Contender(method, method, _preset(method, original, small))
-            for method in request.methods or ("fine_tune", "neg_grad", "fisher")
+            for method in dict.fromkeys(request.methods or ("fine_tune", "neg_grad", "fisher"))
+            if method != "unsir"  # it is there anyway
         ),
         audits=request.audits,
     )
