@@ -67,6 +67,8 @@ def test_all_sets_of_classes_together() -> None:
     found = {one.forget: one for one in summarize([*rows, row("b", 0, 0.9)])}
     assert found["all"].figures["retain_accuracy"].value == pytest.approx(85.0)
     assert {one.method for one in summarize([*rows, row("b", 0, 0.9)]) if one.forget == "all"} == {"a"}
+    # a set that few methods were given is no part of what all are compared on
+    assert not [one for one in summarize([*rows, row("b", 0, 0.9), row("c", 0, 0.9)]) if one.forget == "all"]
 
 
 def test_best_is_marked_only_where_intervals_separate() -> None:
@@ -158,7 +160,7 @@ def test_growth_varies_one_factor_at_a_time(tmp_path: Path) -> None:
     assert found["parameters", "seconds"].exponent.value == pytest.approx(0.5)
     assert found["parameters", "samples"].exponent.value == pytest.approx(0.0)
     assert ("retain_per_class", "seconds") not in found
-    faster = [one | {"variant": "fast", "preset": "fast", "seconds": one["seconds"] / 9} for one in rows]
+    faster = [dict(one) | {"variant": "fast", "preset": "fast", "seconds": one["seconds"] / 9} for one in rows]
     apart = [one for one in growths([*rows, *faster]) if (one.factor, one.cost) == ("num_forget_classes", "seconds")]
     assert [one.method for one in apart] == ["a", "a (fast)"]
     assert [one.exponent.value for one in apart] == [pytest.approx(1.0)] * 2

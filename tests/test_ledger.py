@@ -211,6 +211,15 @@ def test_each_run_is_entered_beside_its_folder_and_listed(tmp_path: Path, traine
     assert "was entered in another ledger" in invoke("log", "--check", "--ledger", str(path)).stdout
 
 
+def test_an_entry_in_brackets_is_shown_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    with writing(path) as entry:
+        entry.append({"command": "forget[/x]", "classes": ["[red]"], "number": 1})
+    told = invoke("log", "--ledger", str(path))
+    assert told.exit_code == 0
+    assert "forget[/x]: [red]" in told.stdout
+
+
 def test_entries_whose_record_is_gone_or_another_are_named(tmp_path: Path, trained: Trained) -> None:
     for name in ("kept", "gone", "again"):
         assert invoke(*words(trained, tmp_path / name)).exit_code in (0, 1)

@@ -264,6 +264,21 @@ def test_any_byte_of_a_record(erased: Erased) -> None:
         path.write_bytes(whole)
 
 
+def test_half_a_character_and_a_cell_of_a_benchmark(erased: Erased) -> None:
+    path = erased.first / "record.json"
+    before = path.read_text()
+    path.write_text(before.replace('"method"', '"\\ud800": 1, "method"', 1))
+    assert erased.wrong(erased.first)[0].startswith("record: record.json was damaged: ")
+    path.write_text(before)
+
+    def cell(record: dict[str, Any]) -> None:
+        del record["content_hash"]
+        record.update(provenance=None, item={"status": "done"})
+
+    edit(erased.first, cell)
+    refuse("is a cell of expunge bench, which seals none", None, "verify", str(erased.first))
+
+
 def test_blanks_and_parts_of_a_record(erased: Erased) -> None:
     path = erased.first / "record.json"
     before = path.read_text()

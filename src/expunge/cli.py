@@ -440,7 +440,8 @@ def bench(
         int | None,
         typer.Option(
             metavar="N",
-            help="Runs that each method may spend on finding its settings, besides; 1: none.",
+            help="Runs that each method may spend on a search for its settings, which is laid beside its default; "
+            "1: no search.",
             rich_help_panel="What",
         ),
     ] = None,
@@ -463,14 +464,17 @@ def bench(
         ),
     ] = None,
     weights: Annotated[
-        Path | None, typer.Option(metavar="W", help="Your trained weights.", rich_help_panel="Your own (suite own)")
+        Path | None,
+        typer.Option(
+            metavar="W", help="Your trained weights (own).", rich_help_panel="Your own (suites own, analyses)"
+        ),
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(
             metavar="SPEC",
             help=f"{SPEC_HELP}. Not needed where the weights say it.",
-            rich_help_panel="Your own (suite own)",
+            rich_help_panel="Your own (suites own, analyses)",
         ),
     ] = None,
     epochs: Annotated[
@@ -478,8 +482,8 @@ def bench(
         typer.Option(
             min=0,
             metavar="N",
-            help="To train the retrained models; by default what the weights say, else 12. 0: train none.",
-            rich_help_panel="Your own (suite own)",
+            help="To train the retrained models (own); by default what the weights say, else 12. 0: train none.",
+            rich_help_panel="Your own (suites own, analyses)",
         ),
     ] = None,
     retain_per_class: Annotated[
@@ -487,8 +491,8 @@ def bench(
         typer.Option(
             min=1,
             metavar="N",
-            help="Retained images of each class; by default all.",
-            rich_help_panel="Your own (suite own)",
+            help="Retained images of each class; by default all (analyses: 100, with --model 1000).",
+            rich_help_panel="Your own (suites own, analyses)",
         ),
     ] = None,
     jobs: Annotated[int, typer.Option(metavar="N", help="Processes, or jobs on a cluster.")] = 1,

@@ -98,7 +98,8 @@ class Reading:
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Decoded images to hold at once, as 512M or 8G; more are streamed. By default 256M (an audit: 1G).",
+            help="Decoded images to hold at once, as 512M or 8G; more are streamed. By default 256M (audit: 1G, "
+            "bench: 2G).",
             rich_help_panel="Data",
         ),
     ] = None

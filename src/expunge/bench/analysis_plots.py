@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean
 from typing import Any
 
-from expunge.bench.plots import Writer, saved
+from expunge.bench.plots import Writer, literal, saved
 from expunge.bench.tables import Row
 
 OTHERS = "others"
@@ -31,7 +31,13 @@ def lines_of_sweep(rows: Sequence[Row], name: str, label: str) -> Writer:
             points = [
                 (place, found)
                 for place, value in enumerate(values)
-                if (found := [100 * r[measure] for r in rows if (r["series"], r[name]) == (series, value)])
+                if (
+                    found := [
+                        100 * r[measure]
+                        for r in rows
+                        if (r["series"], r[name]) == (series, value) and r[measure] is not None
+                    ]
+                )
             ]
             _line(panel, points, series, color)
         for role, style in (("original", ":"), ("retrained", "--")):
@@ -166,17 +172,20 @@ def maps_of_features(rows: Sequence[Row]) -> Writer:
     columns = min(4, len(series))
     figure, panels = _panels(-(-len(series) // columns), columns, width=3.2, height=3.2)
     classes = sorted({row["class"] for row in rows if not row["forgotten"]})
+    few = len(classes) <= SHADES  # there are no more colours that can be told apart
     for panel, name in zip(panels.flat, series, strict=False):
         for number, label in enumerate(classes):
             here = [row for row in rows if (row["series"], row["class"]) == (name, label)]
             panel.scatter(
-                [r["x"] for r in here], [r["y"] for r in here], s=9, color=_spread(number), label=label, linewidths=0
-            )
+                [r["x"] for r in here], [r["y"] for r in here], s=9, linewidths=0,
+                color=_spread(number) if few else "#9bb7c4",
+                label=literal(label) if few else "retained" if number == 0 else None,
+            )  # fmt: skip
         for label in sorted({row["class"] for row in rows if row["forgotten"]}):
             here = [row for row in rows if (row["series"], row["class"]) == (name, label)]
             panel.scatter(
                 [r["x"] for r in here], [r["y"] for r in here], s=22, color="black", marker="x", linewidths=1,
-                label=f"{label} (forgotten)",
+                label=literal(f"{label} (forgotten)"),
             )  # fmt: skip
         panel.set_title(name, fontsize=9)
         panel.set_xticks([])
@@ -189,11 +198,7 @@ def maps_of_features(rows: Sequence[Row]) -> Writer:
 
 def gaps_to_retrained(rows: Sequence[Row]) -> Writer:
     """Return a writer of each measure's gap to the retrained model, of the method and of a second retrained model."""
-    measures = [
-        name
-        for name in dict.fromkeys(row["measure"] for row in rows)
-        if max(abs(row["gap"]) for row in rows if row["measure"] == name) <= 1.5
-    ]
+    measures = [name for name in dict.fromkeys(row["measure"] for row in rows) if "steps" not in name]
     figure, panels = _panels(1, 1, width=9.0, height=1.0 + 0.21 * len(measures))
     (panel,) = panels[0]
     for number, (series, color) in enumerate(_colors(row["series"] for row in rows).items()):
@@ -201,17 +206,28 @@ def gaps_to_retrained(rows: Sequence[Row]) -> Writer:
             gaps = [row["gap"] for row in rows if (row["measure"], row["series"]) == (measure, series)]
             if gaps:
                 at = place + 0.3 * (number - 0.5)
-                panel.plot([min(gaps), max(gaps)], [at, at], color=color, linewidth=1)
-                panel.plot(
-                    [fmean(gaps)], [at], "s" if series in LAST else "o", color=color, ms=5,
-                    label=series if place == 0 else None,
-                )  # fmt: skip
+                mean = fmean(gaps)
+                shown = max(-REACH, min(REACH, mean))
+                ends = [max(-REACH, min(gaps)), min(REACH, max(gaps))]
+                panel.plot(ends if ends[0] <= ends[1] else [shown] * 2, [at, at], color=color, linewidth=1)
+                mark = "<" if mean < -REACH else ">" if mean > REACH else "s" if series in LAST else "o"
+                panel.plot([shown], [at], mark, color=color, ms=5, label=series if place == 0 else None)
+                if shown != mean:
+                    side = {"ha": "left", "xytext": (6, 0)} if mean < 0 else {"ha": "right", "xytext": (-6, 0)}
+                    panel.annotate(
+                        f"{mean:.2f}", (shown, at), textcoords="offset points", va="center", fontsize=7, **side
+                    )
     panel.axvline(0, color="black", linewidth=1)
     panel.set_yticks(range(len(measures)), [name.replace("_", " ") for name in measures], fontsize=8)
     panel.set_ylim(len(measures) - 0.3, -0.7)
-    panel.set_xlabel("gap to the retrained model: mean, from least to most seed (a measure in steps is in the table)")
+    told = "a number: beyond the axis; a measure in steps is in the table"
+    panel.set_xlabel(f"gap to the retrained model: mean, from least to most seed ({told})")
     panel.legend(fontsize=8, loc="best")
     return saved(figure)
+
+
+REACH = 1.5
+"""Of the axis of gaps, to both sides: nearly all measures are shares."""
 
 
 # What they share
@@ -239,10 +255,13 @@ def _colors(series: Iterable[str]) -> dict[str, str]:
     }
 
 
+SHADES = 20
+
+
 def _spread(number: int) -> Any:
     import matplotlib
 
-    return matplotlib.colormaps["tab20"](number % 20)
+    return matplotlib.colormaps["tab20"](number)
 
 
 def _line(panel: Any, points: Sequence[tuple[float, Sequence[float]]], series: str, color: str) -> None:
@@ -268,8 +287,9 @@ def _heat(panel: Any, values: Sequence[Sequence[float | None]], rows: Sequence[s
         for x, value in enumerate(line):
             if value is not None:
                 panel.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color="black")
-    panel.set_xticks(range(len(columns)), columns, fontsize=8, rotation=45 if max(map(len, columns)) > 6 else 0)
-    panel.set_yticks(range(len(rows)), rows, fontsize=8)
+    turned = 45 if max(map(len, columns)) > 6 else 0
+    panel.set_xticks(range(len(columns)), list(map(literal, columns)), fontsize=8, rotation=turned)
+    panel.set_yticks(range(len(rows)), list(map(literal, rows)), fontsize=8)
 
 
 def _box(place: tuple[float, float]) -> Any:

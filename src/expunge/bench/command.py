@@ -187,7 +187,8 @@ def write_tables(
         points: of the paper's analyses, by name, where the suite has them.
     """
     rows = tidy_rows(cells, out)
-    summaries = summarize(comparable(rows))
+    alike = comparable(rows)
+    summaries = summarize(alike)
     writers: dict[Path, Callable[[Path], None]] = {
         out / "report.html": text_writer(bench_html(record)),
         out / "bench.json": json_writer(record),
@@ -198,7 +199,7 @@ def write_tables(
     }
     for number, group in enumerate(_first_groups(summaries)):
         if any("forget_accuracy" in one.figures for one in group):
-            writers[out / "plots" / f"forget_retain_{number}.svg"] = forget_against_retain(group, rows)
+            writers[out / "plots" / f"forget_retain_{number}.svg"] = forget_against_retain(group, alike)
         if any("tug_of_war" in one.figures for one in group):
             writers[out / "plots" / f"cost_quality_{number}.svg"] = cost_against_quality(group)
     found = growths(rows)

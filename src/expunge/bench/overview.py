@@ -20,6 +20,7 @@ from expunge.bench.suites import SUITES, Request
 from expunge.bench.tables import COLUMNS, Row, Summary, comparable, kind_of, missing_row, row_of, summarize
 from expunge.config import as_json
 from expunge.evaluation import GOAL_FORGET, GOAL_RETAIN_DROP
+from expunge.methods import METHODS
 from expunge.metrics import Interval
 from expunge.schema import SCHEMA_VERSION
 
@@ -57,7 +58,7 @@ def bench_record(suite: str, request: Request, cells: Sequence[Cell], out: Path)
 
 
 def _told(row: Row) -> list[Any]:
-    kind = None if row["reads"] is None else kind_of(row["method"], row["reads"])
+    kind = None if row["method"] not in METHODS else kind_of(row["method"], row["reads"])
     return [row[name] for name in COLUMNS] + [kind]
 
 
@@ -81,7 +82,7 @@ def _work(cells: Sequence[Cell], out: Path) -> dict[str, float]:
 
 
 def _groups(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return, for each data set, model and set of classes, the models to compare with and the leaderboard."""
+    """Return, for each data set, model and set of classes, what to compare with, the leaderboard, and its cells."""
     rows = comparable(rows)
     groups: dict[tuple[str, str, str], list[Summary]] = {}
     for one in summarize(rows, FIGURES):
@@ -94,6 +95,7 @@ def _groups(rows: Sequence[Row]) -> list[dict[str, Any]]:
             "sets": list(dict.fromkeys(row["forget"] for row in here)),
             "roles": {role: _role(role, here) for role in ("original", "retrained")},
             "standings": [_standing(one) for one in standings(group)],
+            "cells": [row["id"] for row in here],
         }
         for (data, model, forget), group in groups.items()
         for here in [[row for row in rows if _belongs(row, data, model, forget)]]

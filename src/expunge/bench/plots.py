@@ -121,7 +121,7 @@ def _place(group: Sequence[Summary]) -> tuple[str, str]:
 
 
 def _writer(figure: Any, axes: Any, group: Sequence[Summary], *, legend: Any) -> Writer:
-    axes.set_title(f"{group[0].data}, {group[0].model}, forget {group[0].forget}", fontsize=9)
+    axes.set_title(literal(f"{group[0].data}, {group[0].model}, forget {group[0].forget}"), fontsize=9)
     columns = 1 + len(group) // 24
     legend.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=7, frameon=False, ncols=columns)
     kinds = "; ".join(f"{kind}: {color}" for kind, color in _words().items())
@@ -131,6 +131,11 @@ def _writer(figure: Any, axes: Any, group: Sequence[Summary], *, legend: Any) ->
 
 def _words() -> dict[str, str]:
     return {"zero-glance": "blue", "reads forget data": "orange", "control": "grey"}
+
+
+def literal(name: str) -> str:
+    """Return a name of somebody's for matplotlib, to whom dollars are the bounds of a formula."""
+    return name.replace("$", r"\$")
 
 
 def saved(figure: Any) -> Writer:

@@ -255,17 +255,22 @@ def summarize(rows: Iterable[Row], figures: Sequence[Figure] = FIGURES) -> list[
 
     One value is of one training seed: cells that share it share an original, and are no independent draws, so they are
     averaged first. Where there is one training seed only, a value is of one unlearning seed. Where several sets of
-    classes were forgotten there is a summary "all", of the seeds for which no set is missing.
+    classes were forgotten, by half of the methods or more, there is a summary "all", of the seeds for which no set is
+    missing.
     """
     done = [row for row in rows if row["status"] == "done"]
     summaries: list[Summary] = []
     for data, model in dict.fromkeys((row["data"], row["model_spec"]) for row in done):
         here = [row for row in done if (row["data"], row["model_spec"]) == (data, model)]
         sets = list(dict.fromkeys(row["forget"] for row in here))
-        for method, variant in dict.fromkeys((row["method"], row["variant"]) for row in here):
+        methods = dict.fromkeys((row["method"], row["variant"]) for row in here)
+        has = {one: {row["forget"] for row in here if (row["method"], row["variant"]) == one} for one in methods}
+        # a set that few have been given is an analysis of those
+        usual = len(sets) > 1 and 2 * sum(len(given) == len(sets) for given in has.values()) >= len(methods)
+        for method, variant in methods:
             own = [row for row in here if (row["method"], row["variant"]) == (method, variant)]
             groups = {name: [row for row in own if row["forget"] == name] for name in sets}
-            if len(sets) > 1 and all(groups.values()):
+            if usual and all(groups.values()):
                 groups = {"all": own} | groups
             for name, group in groups.items():
                 if group:
@@ -399,7 +404,7 @@ def _targets(rows: Sequence[Row], data: str, model: str, forget: str) -> list[li
     """Return the rows of the original and of the retrained model, means over what the cells saw of them."""
     here = [
         row
-        for row in rows
+        for row in comparable(rows)  # what others start from is no original of theirs
         if (row["data"], row["model_spec"], row["status"]) == (data, model, "done") and forget in ("all", row["forget"])
     ]
     lines = []

@@ -47,6 +47,8 @@ class Group:
     key: str
     title: str
     forget: str
+    data: str  # names of the data set and of the model, as the table of cells has them
+    model: str
     says: list[str]
     ranks: list[Rank]
     roles: list[tuple[str, list[str]]]  # the original and the retrained model, and their figures
@@ -147,12 +149,14 @@ def _group(group: Part, number: int, rows: Sequence[Part], *, first: bool) -> Gr
     sets = group.get("sets") or [group["forget"]]
     together = group["forget"] == "all" and len(sets) > 1
     what = f"{'; '.join(sets[:4])}{' and more' if len(sets) > 4 else ''} (mean)" if together else group["forget"]
+    cells = set(group.get("cells") or ())  # records of older versions do not name them
     here = [
         (at, row)
         for at, row in enumerate(rows)
         if row["status"] == "done"
         and (row["data"], row["model_spec"]) == (group["data"], group["model"])
         and (together or row["forget"] == group["forget"])
+        and (not cells or row["id"] in cells)
     ]
     roles = group.get("roles") or {}
     standings = group["standings"]
@@ -162,6 +166,8 @@ def _group(group: Part, number: int, rows: Sequence[Part], *, first: bool) -> Gr
         key=f"board-{number}",
         title=f"{group['data']}, {group['model']}, forgetting {what}",
         forget="" if together else group["forget"],
+        data=group["data"],
+        model=here[0][1]["model"] if here else "",
         says=_findings(standings),
         ranks=[_rank(one, scale) for one in standings],
         roles=[(role, _role(one)) for role, one in roles.items() if one],

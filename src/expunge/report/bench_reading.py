@@ -37,6 +37,7 @@ BENCH: Form = {
             "model": TEXT,
             "forget": TEXT,
             "sets": [TEXT],
+            "cells": [TEXT],
             "roles": {"*": {"*": NUMBER}},
             "standings": [
                 {

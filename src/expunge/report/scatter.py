@@ -18,7 +18,8 @@ NEAR = (0.15, 0.10)
 """How far from the retrained model the close view reaches: more accuracy on forgotten classes, less on the others."""
 
 LEAST_LIKE = 0.75
-"""Cells less like the retrained model than this are left out of the chart of cost: most lie close together above."""
+"""Cells less like the retrained model than this are left out of the chart of cost, where some lie above: most do, close
+together."""
 
 
 @dataclass(frozen=True)
@@ -117,16 +118,19 @@ def _cost(rows: Sequence[tuple[int, Row]], retrained: Mapping[str, Any]) -> Scat
         return None
     target = retrained.get("seconds")
     low, high = min([*spent, target or spent[0]]) / 1.3, max([*spent, target or spent[0]]) * 1.3
-    ticks = [(tick, f"{tick:g}") for tick in (0.05 * step for step in range(15, 21))]
+    best = max(row[against] for _, row in rows if row["seconds"] and row[against] is not None)
+    least = LEAST_LIKE if best > LEAST_LIKE else 0.0
+    step = 0.05 if least else 0.2
+    ticks = [(tick, f"{tick:g}") for tick in (round(step * number, 2) for number in range(21)) if least <= tick <= 1]
     return _scatter(
         "Cost against quality",
         _Axis(name="seconds", title="seconds", low=low, high=high, ticks=_decades(low, high), log=True),
         _Axis(
             name=against,
             title=title,
-            low=LEAST_LIKE,
+            low=least,
             high=1.01,
-            ticks=ticks if retrained else _shares(LEAST_LIKE, 1.0, 0.05),
+            ticks=ticks if retrained else _shares(least, 1.0, step),
         ),
         rows,
         {"retrained": {"seconds": target, "tug_of_war": 1.0}} if target else {},
@@ -145,7 +149,7 @@ def _scatter(
         if right is None or up is None:
             outside += 1
         else:
-            points.setdefault(MARKS[row["kind"]], []).append(Point(right, round(100 - up, 2), number))
+            points.setdefault(MARKS.get(row["kind"], "control"), []).append(Point(right, round(100 - up, 2), number))
     if not points:
         return None
     placed = []

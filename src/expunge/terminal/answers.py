@@ -269,7 +269,8 @@ def show_log(entries: Sequence[Mapping[str, Any]]) -> None:
         verdict, classes = entry.get("verdict"), entry.get("classes")
         answers = verdict.items() if isinstance(verdict, dict) else ()
         names = ", ".join(map(str, classes)) if isinstance(classes, list) else "?"
-        say(console, f"[bold]{entry.get('number', '?')}  {told['time']}  {told['command']}: {plain(names)}[/]")
+        head = f"{entry.get('number', '?')}  {told['time']}  {told['command']}: {names}"
+        say(console, Text(head, style="bold"))
         for line in (
             f"{told['method']}, seed {entry.get('seed')}, {told['model']}",
             f"weights {str(told['original'])[:16]} -> {str(told['unlearned'])[:16]}",

@@ -34,10 +34,13 @@ def read_record(folder: Path) -> tuple[dict[str, Any] | None, list[Finding]]:
     text = path.read_bytes()
     try:
         record = json.loads(text.decode("utf-8"))
+        json.dumps(record, ensure_ascii=False).encode()  # half a character has no bytes
         check_record(record)
     except (ValueError, RecursionError) as error:  # InputError is one
         return None, [Finding("record", False, f"{RECORD} was damaged: {first_line(error)}")]
     provenance = record.get("provenance")
+    if provenance is None and "item" in record and "content_hash" not in record:
+        raise InputError(f"{path} is a cell of expunge bench, which seals none: verify what forget or audit wrote")
     if not isinstance(provenance, dict) or not isinstance(record.get("content_hash"), str):
         why = "its hashes were stripped, or it was made by a version that wrote none"
         return None, [Finding("record", False, f"{RECORD} cannot be checked: {why}")]
