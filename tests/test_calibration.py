@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -209,6 +210,31 @@ def test_the_default_on_networks_of_many_kinds(nets: Nets, name: str) -> None:
         assert torch.equal(after[key], before[key]) != parameter.requires_grad, key
     if isinstance(unlearned, Tied):
         assert unlearned.shared.weight is unlearned.again.weight
+
+
+@pytest.mark.parametrize("preset", [UnsirConfig, UnsirConfig.fast], ids=["default", "fast"])
+def test_a_model_that_is_surer_than_most_forgets_too(
+    preset: Callable[[], UnsirConfig], tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sure = copy.deepcopy(tiny.model)
+    with torch.no_grad():
+        for part in (sure.get_parameter("answer.weight"), sure.get_parameter("answer.bias")):
+            part.mul_(8)
+    journal = Journal()
+    unlearned = unsir(sure, tiny.split.zero_glance(), preset(), seed=0, journal=journal)
+    assert tiny.accuracy(unlearned, forget=True) < 0.03  # one image of 37, by the fast preset
+    assert tiny.accuracy(unlearned, forget=False) > 0.95
+    assert journal.calibration is not None
+    assert journal.calibration.scale > 2
+    assert any("its first answer leads the second by" in note for note in journal.notes)
+    assert not unlearned._forward_hooks
+    assert not sure._forward_hooks
+    images = normalize(torch.stack([tiny.split.retain[index][0] for index in range(32)]), tiny.split.preprocessing)
+    leads = [model(images).topk(2).values.diff().abs().mean().item() for model in (unlearned, sure)]
+    assert leads[0] > leads[1] / 3  # its own answers are whole again
+    monkeypatch.setattr(sys.modules["expunge.methods.unsir"], "SURE", math.inf)
+    left = unsir(sure, tiny.split.zero_glance(), preset(), seed=0)
+    assert tiny.accuracy(left, forget=True) > 0.1  # what it is there for
 
 
 def test_several_classes_at_once_cost_as_much_as_one(

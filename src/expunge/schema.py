@@ -184,6 +184,7 @@ class CalibrationReport:
     batch_size: int
     held_out: int  # retained images that signals were read on
     rounds: int  # of impair and repair
+    scale: float = 1.0  # that logits were divided by: above 1 of a model that is surer than models usually are
     trials: tuple[Mapping[str, Any], ...]  # of impair: round, rate, steps, outcome, still_called, retain_agreement
     signals: tuple[Signals, ...]  # in the order they were read
 

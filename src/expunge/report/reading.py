@@ -164,6 +164,7 @@ CALIBRATION: Form = {
     "rounds": NUMBER,
     "impair_rate": NUMBER,
     "repair_rate": NUMBER,
+    "scale": NUMBER,
     "batch_size": NUMBER,
     "trials": [
         {
