@@ -58,7 +58,8 @@ def bench_record(suite: str, request: Request, cells: Sequence[Cell], out: Path)
 
 
 def _told(row: Row) -> list[Any]:
-    kind = None if row["method"] not in METHODS else kind_of(row["method"], row["reads"])
+    ran = row["method"] in METHODS and row["reads"] is not None  # else a model was judged, or nothing is there yet
+    kind = kind_of(row["method"], row["reads"]) if ran else None
     return [row[name] for name in COLUMNS] + [kind]
 
 
