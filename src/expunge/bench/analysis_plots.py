@@ -221,7 +221,7 @@ def gaps_to_retrained(rows: Sequence[Row]) -> Writer:
     panel.set_yticks(range(len(measures)), [name.replace("_", " ") for name in measures], fontsize=8)
     panel.set_ylim(len(measures) - 0.3, -0.7)
     told = "a number: beyond the axis; a measure in steps is in the table"
-    panel.set_xlabel(f"gap to the retrained model: mean, from least to most seed ({told})")
+    panel.set_xlabel(f"gap to the retrained model: mean, from least to most seed\n({told})")
     panel.legend(fontsize=8, loc="best")
     return saved(figure)
 
