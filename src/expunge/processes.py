@@ -173,11 +173,11 @@ def shared_statistics(counted: bool) -> Iterator[None]:
     ) -> Tensor:
         if not training:
             return alone(input, running_mean, running_var, weight, bias, False, momentum, eps)
-        normalized, mean, variance, count = _Normalize.apply(input, weight, bias, eps, counted)
+        answer: Tensor
+        answer, mean, variance, count = _Normalize.apply(input, weight, bias, eps, counted)
         if running_mean is not None and running_var is not None:
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             running_var.lerp_((variance * count / (count - 1)).to(running_var.dtype), momentum)
-        answer: Tensor = normalized
         return answer
 
     F.batch_norm = batch_norm
