@@ -303,7 +303,7 @@ def test_an_error_of_one_process_is_one_line(case: Case, tmp_path: Path) -> None
             "import os, torch\n"
             "class Fails(nn.Module):\n"
             "    def forward(self, x):\n"
-            "        if os.environ['RANK'] == '1' and self.training:\n"
+            "        if os.environ['RANK'] == '1' and x.requires_grad:\n"
             "            from expunge.errors import InputError\n"
             "            raise InputError('this one fails')\n"
             "        return x\n"

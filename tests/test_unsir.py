@@ -511,3 +511,9 @@ def test_a_negative_seed_is_told_in_one_line() -> None:
     for config in (SMALL, UnsirConfig()):
         with pytest.raises(InputError, match="expected a seed of at least 0, got -1"):
             unsir(model, split_of(), config, seed=-1)
+
+
+def test_a_class_named_twice_is_refused() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    with pytest.raises(InputError, match=r"expected each class to forget once, got \[2, 2\]"):
+        unsir(model, replace(split_of(), forget_classes=(2, 2)), SMALL, seed=0)

@@ -45,6 +45,8 @@ def check_split(model: nn.Module, split: Split, *, reads: Collection[str]) -> di
     classes = split.forget_classes
     if not classes:
         raise InputError("expected at least one class to forget, got none")
+    if len(set(classes)) < len(classes):
+        raise InputError(f"expected each class to forget once, got {list(classes)}")
     outside = [label for label in classes if not 0 <= label < num_classes]
     if outside:
         raise InputError(f"class index {outside[0]} is out of range: expected 0 to {num_classes - 1}")
