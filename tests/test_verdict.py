@@ -11,7 +11,7 @@ import pytest
 from expunge.audits.check import COMPARED, INSIDE, LAYERS, MEMBERS, OUTPUT, RELEARN, REST, Check
 from expunge.evaluation import check_outcome
 from expunge.metrics.uncertainty import wilson_interval
-from expunge.verdict import ALWAYS_OPEN, Tolerance, _excludes_zero, _judged, failed, verdict
+from expunge.verdict import ALWAYS_OPEN, Tolerance, _excludes_zero, _judged, failed, fallen, verdict
 
 NAMES = ("cat", "dog", "owl", "fox", "elk")  # the cat is to be forgotten
 COUNT = 400  # held-out images of each
@@ -306,6 +306,27 @@ def test_a_class_that_stays_among_several_is_seen(cow: float, count: int, answer
         )
     checked = check_outcome(metrics)["forgotten"]
     assert checked is (answer != "no")
+
+
+def test_what_the_rest_gains_by_answers_that_fell_away_hides_no_loss() -> None:
+    """Held against the original that may not answer the classes either."""
+    before = role(0.8, 0.6) | {"masked_retain_accuracy": 0.9}
+    assert check_outcome(metrics_of(before, role(0.0, 0.88), None))["kept"] is True
+    assert check_outcome(metrics_of(before, role(0.0, 0.86), None))["kept"] is False
+
+
+@pytest.mark.parametrize(
+    ("dog", "count", "kept", "told"),
+    [(0.85, 500, True, []), (0.7, 500, True, ["dog"]), (0.42, 500, False, ["dog"]), (0.42, 4, True, [])],
+)
+def test_a_retained_class_that_falls_is_seen(dog: float, count: int, kept: bool, told: list[str]) -> None:
+    """What it lost disappears in the accuracy over all retained images."""
+    before = role(0.8, 0.9, count=count)
+    after = role(0.0, dict.fromkeys(NAMES[1:], 0.98) | {"dog": dog}, count=count)
+    after["retain_accuracy"] = 0.9
+    metrics = metrics_of(before, after, None)
+    assert check_outcome(metrics)["kept"] is kept
+    assert [name for name, _, _ in fallen(metrics)] == told
 
 
 @pytest.mark.parametrize(

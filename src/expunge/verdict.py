@@ -169,6 +169,34 @@ def remaining(metrics: Mapping[str, Any], reach: float) -> list[tuple[str, float
     return [(name, share, after["per_class_intervals"][name][0]) for name, share in shares.items() if share > reach]
 
 
+def _losses(metrics: Mapping[str, Any], to: str) -> Iterator[tuple[str, float, float, float]]:
+    """Yield each retained class that both models were seen on: name, accuracy before, after, what it surely lost."""
+    base, after = metrics[to], metrics["after"]
+    for name, share in metrics["before"]["masked_per_class_accuracy"].items():
+        was, now = base["per_class_accuracy"].get(name), after["per_class_accuracy"].get(name)
+        bounds = [one["per_class_intervals"].get(name) for one in (base, after)]
+        if share and was is not None and now is not None and None not in bounds:  # 0: it is to go, or never known
+            yield name, was, now, bounds[0][0] - bounds[1][1]
+
+
+def fallen(metrics: Mapping[str, Any]) -> list[tuple[str, float, float]]:
+    """Return the retained classes that lost surely more than ten points: name, accuracy before and after."""
+    return [(name, was, now) for name, was, now, lost in _losses(metrics, "before") if lost > FELL]
+
+
+FELL = 0.1  # a share: what one class of many loses by chance of training is less
+
+
+def collapsed(metrics: Mapping[str, Any], to: str = "before", least: float = Tolerances.collapsed) -> list[str]:
+    """Return the retained classes that kept less than `least` of their accuracy, beyond both intervals.
+
+    Args:
+        metrics: as in a record.
+        to: the model in them that a class is held against: before or retrained.
+    """
+    return [name for name, was, now, lost in _losses(metrics, to) if now < least * was and lost > 0]
+
+
 def failed(told: Mapping[str, Any], checks: Sequence[Mapping[str, Any]]) -> bool:
     """Return whether an audit speaks against the unlearned model: a layer is answered no, or a self-check of it failed.
 
@@ -402,17 +430,8 @@ class _Judge:
         return (self.metrics["after"].get("false_forget_rate") or 0.0) > self.tolerances.indiscriminate
 
     def collapsed(self) -> list[str]:
-        """Return retained classes that kept less than half of the reference's accuracy, beyond both intervals."""
-        base = self.metrics["retrained"] if self.compared else self.metrics["before"]
-        after, lost = self.metrics["after"], []
-        for name in self._retained():
-            was, now = base["per_class_accuracy"].get(name), after["per_class_accuracy"].get(name)
-            bounds = [one["per_class_intervals"].get(name) for one in (base, after)]
-            if was is None or now is None or None in bounds:
-                continue
-            if now < self.tolerances.collapsed * was and bounds[1][1] < bounds[0][0]:
-                lost.append(name)
-        return lost
+        """Return the retained classes that collapsed against the reference."""
+        return collapsed(self.metrics, "retrained" if self.compared else "before", self.tolerances.collapsed)
 
     def diagnosis(self, told: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         """Say by name what is wrong, where it can be told."""

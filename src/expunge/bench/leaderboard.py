@@ -14,7 +14,8 @@ Answer = Literal["yes", "no", "unknown"]
 
 RULE = (
     f"In front are those whose mean accuracy on the forgotten classes is at most {100 * GOAL_FORGET:g} % and whose "
-    f"mean accuracy on the others is no more than {100 * GOAL_RETAIN_DROP:g} points below the original's. Among them, "
+    f"mean accuracy on the others is no more than {100 * GOAL_RETAIN_DROP:g} points below the original's, "
+    "where that may not answer the forgotten classes either. Among them, "
     "more accuracy on the others is better: a place is one more than the number of those whose whole 95 % interval "
     "lies above one's own, so those that the seeds do not tell apart share it. Controls, and those that miss a goal, "
     "have no place."
@@ -22,7 +23,7 @@ RULE = (
 
 
 def _drop(row: Row) -> float | None:
-    before, after = row["original_retain_accuracy"], row["retain_accuracy"]
+    before, after = row["original_masked_retain_accuracy"], row["retain_accuracy"]
     return None if before is None or after is None else before - after
 
 

@@ -32,7 +32,7 @@ COLUMNS: Mapping[str, Any] = {
     "method": TEXT, "variant": TEXT, "preset": TEXT, "settings": TEXT, "zero_glance": TRUTH, "reads": TEXT,
     "training_seed": WHOLE, "unlearning_seed": WHOLE,
     "retain_per_class": WHOLE, "retain_samples": WHOLE, "forget_samples": WHOLE, "test_samples": WHOLE,
-    "original_forget_accuracy": REAL, "original_retain_accuracy": REAL,
+    "original_forget_accuracy": REAL, "original_retain_accuracy": REAL, "original_masked_retain_accuracy": REAL,
     "retrained_forget_accuracy": REAL, "retrained_retain_accuracy": REAL,
     "forget_accuracy": REAL, "retain_accuracy": REAL, "masked_retain_accuracy": REAL, "false_forget_rate": REAL,
     "forget_gap": REAL, "retain_gap": REAL, "tug_of_war": REAL, "activation_distance": REAL,
@@ -92,7 +92,9 @@ def row_of(cell: Cell, record: Mapping[str, Any], out: Path) -> Row:
     row |= {name: bench["cost"][name] for name in COLUMNS if name in bench["cost"]}
     row |= {name: after[name] for name in ("forget_accuracy", "retain_accuracy")}
     row |= {name: after[name] for name in ("masked_retain_accuracy", "false_forget_rate")}
-    row |= {f"original_{name}": before[name] for name in ("forget_accuracy", "retain_accuracy")}
+    row |= {
+        f"original_{name}": before[name] for name in ("forget_accuracy", "retain_accuracy", "masked_retain_accuracy")
+    }
     if probes is not None:  # None: the data has no images of the classes
         for name in ("linear_probe", "nearest_class_mean"):
             row |= {name: probes["after"][name], f"original_{name}": probes["before"][name]}

@@ -168,6 +168,9 @@ def _values(values: Sequence[float | None]) -> list[str]:
 
 
 def _sentences(outcome: Outcome) -> Iterator[str]:
+    from expunge.audits.check import listed
+    from expunge.verdict import collapsed
+
     record = outcome.record
     after, before, checks = record.metrics["after"], record.metrics["before"], record.checks
     if checks["forgotten"] is None and after["forget_accuracy"] is not None:
@@ -182,10 +185,16 @@ def _sentences(outcome: Outcome) -> Iterator[str]:
     if checks["kept"] is None:
         yield "The rest is kept: unknown, the data has no held-out image of a retained class."
     else:
-        change = 100 * (after["retain_accuracy"] - before["retain_accuracy"])
+        known = before["masked_retain_accuracy"]
+        change = 100 * (after["retain_accuracy"] - known)
         answer = YES if checks["kept"] else NO
         goal = f"{-100 * checks['goal_retain_drop']:.0f}"
-        yield f"The rest is kept: {answer} ({change:+.1f} points; goal: no worse than {goal})."
+        yield (
+            f"The rest is kept: {answer} ({change:+.1f} points to the original's {percent(known)} where it may not "
+            f"answer forgotten classes; goal: no worse than {goal})."
+        )
+        if lost := collapsed(record.metrics):
+            yield f"Less than half is left of the retained class{'es' * (len(lost) > 1)} {listed(lost)}."
     yield from _calibrated(record.calibration)
     yield (
         "Not measured: what the features inside still know, how fast it is relearned, what an attacker can tell. "
