@@ -28,6 +28,7 @@ from expunge.data import (
     draw,
     fingerprint,
     hold_out,
+    labels_of,
     measure_statistics,
     missing_classes,
     native_channels,
@@ -771,3 +772,31 @@ def test_hold_out_of_somebody_elses_stream() -> None:
     assert kept is stream
     assert pixels_of(held) == [2, 3, 0]  # from around its middle on: impressions start from the first ones
     assert count_labels(held) == {0: 2, 2: 1}
+
+
+def test_labels_that_a_data_set_lists_are_those_its_samples_bear() -> None:
+    class Foreign(Dataset[Any]):
+        def __init__(self, **listed: Any) -> None:
+            self.__dict__.update(listed)
+
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            reads.append(index)
+            return torch.zeros(1), (index + 1) % 4
+
+    for listed in (
+        {"labels": ["zero", "one", "two", "three"]},  # names of classes
+        {"labels": range(10)},  # classes
+        {"targets": [0, 1, 2, 3]},  # before target_transform
+        {"targets": None},
+        {"labels": [[1], [2], [3], [0]]},
+        {},
+    ):
+        reads: list[int] = []
+        assert labels_of(Foreign(**listed)).tolist() == [1, 2, 3, 0], listed
+        assert set(reads) == {0, 1, 2, 3}
+    reads = []
+    assert labels_of(Foreign(targets=torch.tensor([1, 2, 3, 0]))).tolist() == [1, 2, 3, 0]
+    assert set(reads) == {0, 2, 3}  # some, to see

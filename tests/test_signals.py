@@ -65,6 +65,7 @@ def closed() -> Evidence:
     answers = torch.tensor([[0.0, 0.9, 0.1, 0.0], [0.0, 0.2, 0.8, 0.0], [0.0, 0.7, 0.3, 0.0], [0.0, 0.0, 1.0, 0.0]])
     return Evidence(
         retained=retained,
+        held=4,
         labels=torch.tensor([1, 2, 2, 2]),
         answers=answers,
         impressions={
@@ -393,4 +394,4 @@ def test_samples_may_carry_more_than_image_and_label(tiny: Tiny) -> None:
     triples = [(*retain[index], "a path") for index in range(20)]
     split = replace(tiny.split.zero_glance(), retain=triples)  # type: ignore[arg-type]
     evidence = gather_evidence(tiny.model, split, triples, per_class=2, seed=0)  # type: ignore[arg-type]
-    assert len(evidence.labels) == 20
+    assert evidence.held == 20

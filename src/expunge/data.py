@@ -1182,10 +1182,16 @@ def size_of(dataset: Any) -> int:
 
 
 def labels_of(dataset: Any) -> Labels:
-    """Return the label of each sample; images are decoded only where a data set does not list its labels."""
+    """Return the label of each sample; images are decoded only where a data set does not list its labels.
+
+    What somebody else's data set calls `labels` or `targets` need not be what its samples bear: it may be names, or
+    labels before `target_transform`. It is taken where a few samples say so.
+    """
     listed = getattr(dataset, "labels", None)
     if listed is None:
         listed = getattr(dataset, "targets", None)
+    if listed is not None and not _are_labels(listed, dataset):
+        listed = None
     if listed is None and isinstance(dataset, Subset):
         return labels_of(dataset.dataset)[np.asarray(dataset.indices, dtype=np.int64)]
     if listed is None and isinstance(dataset, ConcatDataset):
@@ -1193,6 +1199,24 @@ def labels_of(dataset: Any) -> Labels:
     if listed is None:
         listed = [int(sample[1]) for sample in DataLoader(dataset, batch_size=None)]
     return np.asarray(listed, dtype=np.int64)
+
+
+def _are_labels(listed: Any, dataset: Any) -> bool:
+    """Return whether a list is of the labels that the samples of a data set bear, as far as three of them show."""
+    if type(dataset).__module__.partition(".")[0] == __package__:
+        return True
+    try:
+        labels = np.asarray(listed)
+    except (TypeError, ValueError):
+        return False
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        return False
+    if isinstance(dataset, IterableDataset):
+        return True
+    size = len(dataset)
+    return len(labels) == size and all(
+        int(dataset[place][1]) == labels[place] for place in {0, size // 2, size - 1} if 0 <= place < size
+    )
 
 
 def missing_classes(counts: Mapping[int, int], expected: Iterable[int], class_names: Sequence[str]) -> list[str]:

@@ -176,15 +176,18 @@ class Signals:
 class CalibrationReport:
     """What a calibrated method found, and why it ended."""
 
-    reached: bool  # the signals say that the classes are gone
+    reached: bool | None  # the signals say that the classes are gone, and not too much else; None: they can say nothing
     back: bool  # held-out retained accuracy is where the original's was, with no forgotten class to answer
     why: str  # it ended, as a sentence
     impair_rate: float  # found
     repair_rate: float
     batch_size: int
-    held_out: int  # retained images that signals were read on
+    held_out: int  # retained images that signals were read on and that nothing was trained on
+    trained_on: int = (
+        0  # retained images that signals were read on although they are trained on, as the sample is small
+    )
     rounds: int  # of impair and repair
-    scale: float = 1.0  # that logits were divided by: above 1 of a model that is surer than models usually are
+    scale: float = 1.0  # that logits were divided by: above 1 of a model surer than usual, below 1 of one less sure
     trials: tuple[Mapping[str, Any], ...]  # of impair: round, rate, steps, outcome, still_called, retain_agreement
     signals: tuple[Signals, ...]  # in the order they were read
 

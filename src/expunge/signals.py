@@ -50,6 +50,8 @@ KINDS: tuple[Kind, ...] = ("retained", "blend", "noise")
 IMPRESSION_STEPS = 40  # Adam steps; enough for a probability of the class above 0.99 on every model tried
 IMPRESSION_LR = 0.05  # four times it left 3 % of the class in the digits network of the tests
 REFRESH_IMAGES = 256  # retained images that normalization statistics are measured on
+LEAST_COMPARED = 32  # retained images that answers are compared on, at least, where there are so many
+USUAL_DEVIATION = (0.1, 10.0)  # of the pixels of model input: of images scaled to [0, 1] it is .2 to .3
 
 
 @dataclass(frozen=True)
@@ -63,16 +65,47 @@ class Impressions:
 
 
 @dataclass(frozen=True)
+class Units:
+    """What the pixels of a model's input are measured in, by channel: learned images move by so much.
+
+    Rates and penalties of learned images are of input with a deviation near 1, as normalization leaves it.
+    """
+
+    mean: Tensor  # (channels, 1, 1)
+    deviation: Tensor  # (channels, 1, 1), positive
+
+    @classmethod
+    def of(cls, images: Tensor) -> Units | None:
+        """Return those of model input (N, channels, H, W), None where its pixels vary as usual."""
+        pixels = images.transpose(0, 1).flatten(1)
+        deviation = pixels.std(1)
+        if USUAL_DEVIATION[0] <= pixels.std().item() <= USUAL_DEVIATION[1]:
+            return None
+        deviation = torch.where(deviation > 0, deviation, pixels.std().clamp(min=torch.finfo(pixels.dtype).tiny))
+        return cls(pixels.mean(1).view(-1, 1, 1), deviation.view(-1, 1, 1))
+
+    def input(self, images: Tensor) -> Tensor:
+        """Return images in these units as model input."""
+        return images * self.deviation.to(images) + self.mean.to(images)
+
+    def measured(self, images: Tensor) -> Tensor:
+        """Return model input in these units."""
+        return (images - self.mean.to(images)) / self.deviation.to(images)
+
+
+@dataclass(frozen=True)
 class Evidence:
     """What signals are read on. Tensors are on the CPU, images are model input."""
 
-    retained: Tensor  # (N, channels, H, W) held-out retained images
+    retained: Tensor  # (N, channels, H, W) retained images: held-out ones first
+    held: int  # of them that accuracy is read on: held-out ones, where there are any
     labels: Tensor  # (N,) int64
     answers: Tensor  # (N, C) the original's probabilities over retained classes
     impressions: Mapping[str, Impressions]  # by kind
     forget_classes: tuple[int, ...]
     gone: tuple[int, ...]  # those and the ones forgotten before
     refresh: TensorImages  # retained images for normalization statistics
+    units: Units | None = None  # of the input, where its pixels do not vary as usual
 
     def count(self, meter: Meter, *, refresh: bool) -> None:
         """Count what one reading of signals goes through."""
@@ -90,6 +123,7 @@ def learn_impressions(
     kind: Kind = "retained",
     seed: int,
     precision: Precision = "auto",
+    units: Units | None = None,
     journal: Journal | None = None,
 ) -> Impressions:
     """Learn images that `model` calls each forget class, all classes in one batch.
@@ -99,12 +133,14 @@ def learn_impressions(
     Args:
         per_class: impressions of each forget class.
         kind: what they start from, see KINDS.
+        units: of the input, where its pixels do not vary as usual.
 
     Raises:
         DivergedError: the loss became NaN or infinite.
-        InputError: there is no retained image.
+        InputError: there is no retained image, or no gradient reaches the input.
     """
-    return _learn_kinds(model, split, per_class, (kind,), seed=seed, precision=precision, journal=journal)[kind]
+    made = _learn_kinds(model, split, per_class, (kind,), seed=seed, precision=precision, units=units, journal=journal)
+    return made[kind]
 
 
 def _learn_kinds(
@@ -115,13 +151,14 @@ def _learn_kinds(
     *,
     seed: int,
     precision: Precision,
+    units: Units | None,
     journal: Journal | None,
 ) -> dict[str, Impressions]:
     """Learn impressions of several kinds, all in one batch, the first from `seed`, the next from the one after it."""
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     labels = torch.tensor(split.forget_classes).repeat_interleave(per_class)
     with (journal or Journal()).phase("impressions", steps=IMPRESSION_STEPS) as meter, seeded(seed):
-        begun = [_begin(split, kind, len(labels), seed + number, meter) for number, kind in enumerate(kinds)]
+        begun = [_begin(split, kind, len(labels), seed + number, meter, units) for number, kind in enumerate(kinds)]
         images = descend(
             frozen,
             torch.cat([starts for starts, _ in begun]),
@@ -130,6 +167,7 @@ def _learn_kinds(
             lr=IMPRESSION_LR,
             steps=IMPRESSION_STEPS,
             precision=precision,
+            units=units,
             meter=meter,
         )
     return {
@@ -138,12 +176,13 @@ def _learn_kinds(
     }
 
 
-def _begin(split: Split, kind: Kind, count: int, seed: int, meter: Meter) -> tuple[Tensor, Tensor]:
+def _begin(split: Split, kind: Kind, count: int, seed: int, meter: Meter, units: Units | None) -> tuple[Tensor, Tensor]:
     """Return what so many impressions of a kind start from, and its class as `Impressions` has it."""
     generator = torch.Generator().manual_seed(seed)
     if kind == "noise":
         shape = retained_sample(split.retain, 1, split.preprocessing, generator).images.shape[1:]
-        return torch.randn((count, *shape), generator=generator), torch.full((count,), -1)
+        starts = torch.randn((count, *shape), generator=generator)
+        return units.input(starts) if units is not None else starts, torch.full((count,), -1)
     size = count + (kind == "blend")  # each is blended with the next, another one even where they are few
     drawn = retained_sample(split.retain, size, split.preprocessing, generator)
     meter.read(Counter(drawn.labels.tolist()))
@@ -157,6 +196,7 @@ def gather_evidence(
     held_out: Dataset[Any],
     *,
     per_class: int = 8,
+    compared: int = LEAST_COMPARED,
     seed: int,
     precision: Precision = "auto",
     journal: Journal | None = None,
@@ -168,6 +208,8 @@ def gather_evidence(
     Args:
         held_out: retained samples that the changed model will not be trained on; `split.retain` are those it will.
         per_class: impressions of each kind for each forget class.
+        compared: retained images that answers are compared on, at least: where so many are not held out, some of
+            `split.retain` are taken beside them.
 
     Raises:
         InputError: there is no held-out image. DivergedError: the loss of impressions became NaN.
@@ -179,19 +221,29 @@ def gather_evidence(
     retained = normalize(torch.stack([as_tensor(sample[0]) for sample in samples]), split.preprocessing)
     labels = torch.tensor([int(sample[1]) for sample in samples])
     known = replace(split, retain=TensorImages(retained, labels), preprocessing=None)
-    impressions = _learn_kinds(model, known, per_class, KINDS, seed=seed, precision=precision, journal=journal)
+    units = Units.of(retained)
+    impressions = _learn_kinds(
+        model, known, per_class, KINDS, seed=seed, precision=precision, units=units, journal=journal
+    )
+    held = len(labels)
+    if held < compared:
+        own = torch.Generator().manual_seed(seed)
+        more = retained_sample(split.retain, compared - held, split.preprocessing, own, repeat=False)
+        retained, labels = torch.cat([retained, more.images]), torch.cat([labels, more.labels])
     with (journal or Journal()).phase("signals", steps=None, shown=False) as meter:
         answers = retained_answers(_logits(model, retained), split.gone)
         meter.step(samples=len(labels))
         meter.read(Counter(labels.tolist()))
     return Evidence(
         retained=retained,
+        held=held,
         labels=labels,
         answers=answers,
         impressions=impressions,
         forget_classes=split.forget_classes,
         gone=split.gone,
         refresh=retained_sample(split.retain, REFRESH_IMAGES, split.preprocessing, generator, repeat=False),
+        units=units,
     )
 
 
@@ -222,7 +274,7 @@ def read_signals(
         step=step,
         impressions_called=called,
         class_probability=highest,
-        retain_accuracy=(logits.argmax(1) == evidence.labels).double().mean().item(),
+        retain_accuracy=(logits.argmax(1) == evidence.labels)[: evidence.held].double().mean().item(),
         retain_agreement=(masked.argmax(1) == evidence.answers.argmax(1)).double().mean().item(),
         retain_divergence=F.kl_div(logits.log_softmax(1), evidence.answers, reduction="batchmean").item(),
     )
@@ -276,12 +328,22 @@ def descend(
     steps: int,
     precision: Precision,
     meter: Meter,
+    units: Units | None = None,
 ) -> Tensor:
     """Return images after `steps` Adam steps down `objective(logits, labels, images)`.
 
     The weights of `model`, which is a copy of the caller's own, do not change; their memory layout may.
+
+    Args:
+        start: model input, (N, channels, H, W).
+        units: in which images are changed, by `lr`, and handed to `objective`; None: as the model takes them.
+
+    Raises:
+        DivergedError: the objective became NaN or infinite. InputError: no gradient reaches the images.
     """
     device = device_of(model)
+    if units is not None:
+        start = units.measured(start)
     # in train mode an image changes what becomes of the others, so every process learns all of them
     share = Share(len(start), Ranks() if model.training else ranks())
     images = start[share.rows].to(device).clone()
@@ -299,7 +361,14 @@ def descend(
     def learn(rows: slice) -> tuple[float, int]:
         mine = (images, targets) if rows == slice(0, len(images)) else (images[rows], targets[rows])
         weight = len(mine[1]) / len(images)
-        loss = objective(answer(model, mine[0], meter.precision), mine[1], mine[0])
+        shown = mine[0] if units is None else units.input(mine[0])
+        logits = answer(model, shown, meter.precision)
+        if not logits.requires_grad:
+            raise InputError(
+                "expected a model through which gradients reach its input, got one that answers without any: images "
+                "are learned from it (is there a torch.no_grad() or detach() in its forward?)"
+            )
+        loss = objective(logits, mine[1], mine[0])
         scale = weight * share.count / share.size  # of the mean over all images
         torch.autograd.backward(loss if scale == 1 else scale * loss, inputs=[images])
         return weight * loss.item(), 0
@@ -314,7 +383,7 @@ def descend(
                 )
             optimizer.step()
             meter.step(loss=value, samples=len(start))
-    learned = images.detach().cpu()
+    learned = images.detach().cpu() if units is None else units.input(images.detach()).cpu()
     return learned if model.training else together([learned[: share.count]], [len(start)])
 
 

@@ -26,6 +26,7 @@ from expunge.audits.check import (
     sides,
 )
 from expunge.audits.core import AuditData, Subject
+from expunge.metrics.confidence import are_probabilities
 from expunge.metrics.uncertainty import Interval, gap_interval, of_values
 from expunge.randomness import seeded
 from expunge.signals import REFRESH_IMAGES, refreshed, retained_sample
@@ -59,7 +60,7 @@ def check_evaluation_mode(subjects: Sequence[Subject], data: AuditData, *, seed:
 
 def check_logits(subjects: Sequence[Subject], data: AuditData) -> Check:
     """Return whether models give logits: probabilities in their place are trained and scored wrongly."""
-    wrong = [subject.role for subject in subjects if _are_probabilities(subject.answers(data.test).logits)]
+    wrong = [subject.role for subject in subjects if are_probabilities(subject.answers(data.test).logits)]
     if wrong:
         return Check(
             name="logits",
@@ -277,11 +278,6 @@ def _differ(one: Tensor, other: Tensor) -> bool:
         return False
     rounding = max(1e-5 * one.abs().max().item(), 1e-3 * one.std(0).mean().item())
     return not bool(((one - other).abs() <= rounding).all())
-
-
-def _are_probabilities(logits: Tensor) -> bool:
-    """Return whether every row is of numbers that are not negative and sum to 1."""
-    return bool((logits >= 0).all()) and bool(((logits.double().sum(1) - 1).abs() < 1e-3).all())
 
 
 def _finite(values: Tensor) -> bool:

@@ -33,10 +33,12 @@ def check_split(model: nn.Module, split: Split, *, reads: Collection[str]) -> di
             not; forget samples must be there if "forget" is among `reads`, and must not be there if it is not.
 
     Raises:
-        InputError: there is no class to forget, or all are; a label is out of range; forget samples are missing, of
-            other classes, or there unasked; the retain sample is empty or has a sample of a forgotten class.
+        InputError: the model cannot be copied; there is no class to forget, or all are; a label is out of range; forget
+            samples are missing, of other classes, or there unasked; the retain sample is empty or has a sample of a
+            forgotten class.
     """
     check_float32(model)
+    check_copyable(model)
     num_classes = count_classes(model, split)
     if split.class_names and len(split.class_names) != num_classes:
         raise InputError(
@@ -69,6 +71,22 @@ def check_split(model: nn.Module, split: Split, *, reads: Collection[str]) -> di
                 "them (on the command line: --drop-forgotten)"
             )
     return counts
+
+
+def check_copyable(model: nn.Module) -> None:
+    """Check that a model can be copied: a method changes a copy.
+
+    Raises:
+        InputError: a module keeps a tensor that was computed from parameters, as torch's old `weight_norm` does.
+    """
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                raise InputError(
+                    f"the model cannot be copied: {name or 'it'}.{attribute} was computed from parameters and is kept, "
+                    "as by torch.nn.utils.weight_norm: use torch.nn.utils.parametrizations instead, or bake it in "
+                    "(torch.nn.utils.remove_weight_norm)"
+                )
 
 
 def _check_forget(split: Split) -> None:

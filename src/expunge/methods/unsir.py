@@ -23,14 +23,17 @@ from torch.utils.hooks import RemovableHandle
 from expunge.batches import Batch, Piece, as_tensor, take
 from expunge.data import TensorImages, count_labels, hold_out, labels_of
 from expunge.errors import DivergedError, InputError
-from expunge.journal import Journal
+from expunge.journal import Journal, Meter
 from expunge.methods.checks import check_zero_glance, first_image
 from expunge.methods.common import noise_objective
+from expunge.metrics.confidence import are_probabilities
 from expunge.randomness import check_seed, seeded
-from expunge.schema import CalibrationReport, LearnedImages, Sample, Signals, Split, TrainConfig
+from expunge.schema import CalibrationReport, LearnedImages, Predictions, Sample, Signals, Split, TrainConfig
 from expunge.signals import (
+    LEAST_COMPARED,
     Evidence,
     Impressions,
+    Units,
     descend,
     gather_evidence,
     learn_impressions,
@@ -252,11 +255,20 @@ def unsir(
 
 
 def learn_noise(
-    model: nn.Module, split: Split, config: UnsirConfig, *, seed: int, journal: Journal | None = None
+    model: nn.Module,
+    split: Split,
+    config: UnsirConfig,
+    *,
+    seed: int,
+    units: Units | None = None,
+    journal: Journal | None = None,
 ) -> TensorImages:
     """Learn images on which the model errs most about each forget class, all classes in one batch.
 
     The model is in eval mode with frozen parameters: its statistics do not move and no weight gradient is computed.
+
+    Args:
+        units: of the input, where its pixels do not vary as usual; the rate and the penalty are of these.
 
     Returns:
         `noise_per_class` images for each forget class (fewer where `noise_images` would be exceeded), float model input
@@ -266,7 +278,7 @@ def learn_noise(
         DivergedError: the objective became NaN or infinite.
     """
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
-    return _learn_noise(frozen, split, config, seed=seed, journal=journal)
+    return _learn_noise(frozen, split, config, seed=seed, units=units, journal=journal)
 
 
 def impair(
@@ -554,10 +566,11 @@ class _Calibrated:
     ) -> None:
         self.plan, self.seed, self.journal = plan, seed, journal
         training, held_out = hold_out(split.retain, share=plan.held_out, most=plan.held_out_most, seed=seed)
+        self.apart = training is not split.retain  # else too few of each class to do without some
         self.split = replace(split, retain=training)
         self.scale = _scale(model, held_out, split, journal)
         self.hook: RemovableHandle | None = None
-        if self.scale > 1:
+        if self.scale != 1:
             model = copy.deepcopy(model)
             self.hook = model.register_forward_hook(_divided(self.scale))
         self.model = model
@@ -580,6 +593,7 @@ class _Calibrated:
             self.split,
             held_out,
             per_class=max(2, plan.evidence // len(split.forget_classes)),
+            compared=LEAST_COMPARED if self.apart else 0,
             seed=seed + 1,
             precision=config.impair.precision,
             journal=journal,
@@ -588,11 +602,14 @@ class _Calibrated:
 
     def run(self) -> nn.Module:
         config, split = self.config, self.split
-        self._read(self.model, "original", 0)
-        noise = learn_noise(self.model, split, config, seed=self.seed, journal=self.journal)
-        impressions = _impressions(self.model, split, config, seed=self.seed, journal=self.journal)
+        first = self._read(self.model, "original", 0)
+        # of inputs that the original does not call the class itself it says nothing that a changed model does not
+        telling = first.still_called >= TELLING
+        units = self.evidence.units
+        noise = learn_noise(self.model, split, config, seed=self.seed, units=units, journal=self.journal)
+        impressions = _impressions(self.model, split, config, seed=self.seed, units=units, journal=self.journal)
         lesson = teach(self.model, split, config, impressions, noise, journal=self.journal)
-        goal = _goal(_accuracy(self.evidence), len(self.evidence.labels), self.plan.back)
+        goal = self._least(self.plan.back)
         best: tuple[nn.Module, Signals] | None = None
         model, rate, found, rounds = self.model, config.impair.lr, 0.0, 0
         for rounds in range(1, self.plan.rounds + 1):
@@ -600,26 +617,28 @@ class _Calibrated:
             model, after = self._repair(impaired, lesson, goal, rounds)
             if best is None or self._rank(after) > self._rank(best[1]):
                 best, found = (model, after), rate
-            if not self._gone(after):
-                rate *= 2
-            elif self._lost(after):
-                model, rate = self.model, rate / 2
-            else:
+            gone, lost = self._gone(after), self._lost(after)
+            if gone and not lost:
                 break
+            rate = rate / 2 if gone else 2 * rate
+            if lost:  # no second round brings back what the first destroyed
+                model = self.model
         assert best is not None  # rounds >= 1
         model, after = best
         if self.hook is not None:
             model._forward_hooks.pop(self.hook.id)  # which a copy has too
         gone, lost = self._gone(after), self._lost(after)
         back = after.retain_accuracy >= goal
+        held_out = self.evidence.held if self.apart else 0
         self.journal.calibration = CalibrationReport(
-            reached=gone and not lost,
+            reached=gone and not lost if telling else None,
             back=back,
-            why=self._why(gone, back, after),
+            why=self._why(gone, back, after) if telling else self._why_nothing(first),
             impair_rate=found,
             repair_rate=config.repair.lr,
             batch_size=config.repair.batch_size,
-            held_out=len(self.evidence.labels),
+            held_out=held_out,
+            trained_on=len(self.evidence.labels) - held_out,
             rounds=rounds,
             scale=self.scale,
             trials=tuple(self.trials),
@@ -712,8 +731,11 @@ class _Calibrated:
         retained = self.evidence.answers.shape[1] - len(self.evidence.gone)
         return (1 + beyond_chance * (retained - 1)) / retained if retained > 1 else 0.0
 
+    def _least(self, loss: float) -> float:
+        return _least(_accuracy(self.evidence), self.evidence.held, loss)
+
     def _lost(self, signals: Signals) -> bool:
-        return signals.retain_accuracy < _accuracy(self.evidence) - self.plan.lost
+        return signals.retain_accuracy < self._least(self.plan.lost)
 
     def _rank(self, signals: Signals) -> tuple[bool, float]:
         return self._gone(signals), -signals.retain_divergence
@@ -734,9 +756,20 @@ class _Calibrated:
             )
         state = "is back" if back else "is lost" if self._lost(after) else "gains no more"
         return (
-            f"the classes are gone, and accuracy on held-out retained images {state} "
+            f"the classes are gone, {'but' if self._lost(after) else 'and'} accuracy on "
+            f"{self.evidence.held} {'held-out ' if self.apart else ''}retained images {state} "
             f"({_accuracy(self.evidence):.1%} before, {after.retain_accuracy:.1%})"
         )
+
+    def _why_nothing(self, first: Signals) -> str:
+        return (
+            f"the original itself calls only {first.still_called:.0%} of the class impressions learned from it the "
+            "class, so it says nothing that a changed model does not; measure on held-out images of the class"
+        )
+
+
+TELLING = 0.5
+"""The share of class impressions, of some kind, that the original must call the class for signals to say anything."""
 
 
 SURE, USUAL = 8.0, 5.0
@@ -744,10 +777,14 @@ SURE, USUAL = 8.0, 5.0
 are divided so that they lead by the second: rates, temperature, margin and the bounds of signals are all of logits as
 models usually have them (measured: .9 to 6.7), and a class of which a model is too sure stays (docs/research/
 calibration.md, 15)."""
+UNSURE = 0.3
+"""How far a model's mean probability of its answer may lie below its accuracy. Further below, as where a model gives
+probabilities or cosines, answers are multiplied until the two agree (temperature scaling, Guo et al.,
+arXiv:1706.04599)."""
 
 
 def _scale(model: nn.Module, held_out: Dataset[Sample], split: Split, journal: Journal) -> float:
-    """Return what to divide a model's answers by: 1 but for one that is surer of them than models usually are."""
+    """Return what to divide a model's answers by: 1 but for one that is much surer, or less sure, than it should be."""
     with journal.phase("signals", steps=None, shown=False) as meter:
         found = predict(model, held_out, preprocessing=split.preprocessing)
         first, second = found.logits.topk(2, dim=1).values.unbind(1)
@@ -755,12 +792,36 @@ def _scale(model: nn.Module, held_out: Dataset[Sample], split: Split, journal: J
         meter.step(samples=len(found.labels))
         meter.read(Counter(found.labels.tolist()))
         if lead <= SURE:
-            return 1.0
+            return 1 / _sharper(found, split.gone, meter)
         meter.note = (
             f"the model is surer than most: its first answer leads the second by {lead:.1f} logits, so they were "
             f"divided by {lead / USUAL:.1f} while it forgot"
         )
         return lead / USUAL
+
+
+def _sharper(found: Predictions, gone: tuple[int, ...], meter: Meter) -> float:
+    """Return what to multiply answers by so that their mean probability is their accuracy; 1 where it is near that."""
+
+    def confidence(times: float) -> float:
+        return retained_answers(times * found.logits, gone).max(1).values.mean().item()
+
+    right = retained_answers(found.logits, gone).argmax(1) == found.labels
+    accuracy = right.double().mean().item()
+    if accuracy - confidence(1.0) <= UNSURE or confidence(MOST_SHARPER) < accuracy:
+        return 1.0
+    low, high = 1.0, MOST_SHARPER
+    for _ in range(20):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if confidence(middle) < min(accuracy, 0.99) else (low, middle)
+    told = f"right on {accuracy:.0%}, it gives its answers a probability of {confidence(1.0):.0%}"
+    if are_probabilities(found.logits):
+        told = "it gives probabilities in place of logits, and is better handed in without its last softmax"
+    meter.note = f"the model is less sure than most: {told}; its answers were multiplied by {high:.1f} while it forgot"
+    return high
+
+
+MOST_SHARPER = 1000.0  # times that answers may be multiplied by
 
 
 def _divided(by: float) -> Callable[[nn.Module, Any, Any], Any]:
@@ -778,11 +839,19 @@ def _divided(by: float) -> Callable[[nn.Module, Any, Any], Any]:
 
 
 def _impressions(
-    model: nn.Module, split: Split, config: UnsirConfig, *, seed: int, journal: Journal | None
+    model: nn.Module,
+    split: Split,
+    config: UnsirConfig,
+    *,
+    seed: int,
+    units: Units | None = None,
+    journal: Journal | None,
 ) -> Impressions:
     """Learn the impressions to train on: few enough of each class that all together are as many as asked for."""
     count = max(1, config.impressions // len(split.forget_classes))
-    made = learn_impressions(model, split, count, seed=seed, precision=config.impair.precision, journal=journal)
+    made = learn_impressions(
+        model, split, count, seed=seed, precision=config.impair.precision, units=units, journal=journal
+    )
     if journal is not None:
         rows = _handful(made.labels)
         few = (part[rows].clone() for part in (made.images, made.labels, made.starts, made.start_labels))
@@ -825,16 +894,17 @@ def _repair(
 
 def _accuracy(evidence: Evidence) -> float:
     """Return the original's accuracy on held-out retained images, with no forgotten class to answer."""
-    return (evidence.answers.argmax(1) == evidence.labels).double().mean().item()
+    return (evidence.answers.argmax(1) == evidence.labels)[: evidence.held].double().mean().item()
 
 
-def _goal(accuracy: float, held_out: int, back: float) -> float:
-    """Return the least accuracy on `held_out` images that is back where the original has `accuracy`.
+def _least(accuracy: float, held_out: int, loss: float) -> float:
+    """Return the least accuracy on `held_out` images that is no more than `loss` below the original's `accuracy`.
 
-    A standard error less than `back` allows, and at least one image: no cycle of repair mends what few images show.
+    A standard error less than that, and at least one image: no cycle of repair mends what few images show. Where the
+    original is right on less than half, the loss is in proportion.
     """
     error = math.sqrt(accuracy * (1 - accuracy) / held_out)
-    return accuracy - max(back + error, 1 / held_out) - 1e-9
+    return accuracy - max(loss * min(1.0, 2 * accuracy) + error, 1 / held_out) - 1e-9
 
 
 def _fitting_batch(samples: int) -> int:
@@ -850,7 +920,13 @@ def _as_share(images: Dataset[Any], share: float, retain: Dataset[Any], others: 
 
 
 def _learn_noise(
-    model: nn.Module, split: Split, config: UnsirConfig, *, seed: int, journal: Journal | None
+    model: nn.Module,
+    split: Split,
+    config: UnsirConfig,
+    *,
+    seed: int,
+    units: Units | None = None,
+    journal: Journal | None,
 ) -> TensorImages:
     """Learn noise with `model` in the mode it is in."""
     shape = first_image(split).shape
@@ -860,6 +936,7 @@ def _learn_noise(
         count = max(1, min(count, config.noise_images // len(classes)))
     labels = classes.repeat_interleave(count)
     start = torch.randn((len(labels), *shape), generator=torch.Generator().manual_seed(seed))
+    start = units.input(start) if units is not None else start
     # one batch a class only where the model's own statistics make the images of a batch depend on each other
     batches = classes.tolist() if model.training else [None]
     summed = "summed_penalty" in config.defects
@@ -875,6 +952,7 @@ def _learn_noise(
                 lr=config.noise_lr,
                 steps=config.noise_steps,
                 precision=config.impair.precision,
+                units=units,
                 meter=meter,
             )
             learned.append(images)

@@ -174,9 +174,9 @@ def _checked(record: Part) -> list[Layer]:
     }
     unknown = ["Not measured here: expunge audit does."]
     layers = [outer.get(name) or Layer(title, "unknown", unknown) for name, title in LAYERS.items()]
-    if checks.get("signals") is not None:
+    if record.get("calibration") or checks.get("signals") is not None:
         title = "Gone by signals that need no image of it"
-        layers.insert(1, Layer(title, ANSWERS[checks["signals"]], [sentence(why)] if why else []))
+        layers.insert(1, Layer(title, ANSWERS[checks.get("signals")], [sentence(why)] if why else []))
     return layers
 
 

@@ -161,6 +161,7 @@ CALIBRATION: Form = {
     "reached": TRUTH,
     "why": TEXT,
     "held_out": NUMBER,
+    "trained_on": NUMBER,
     "rounds": NUMBER,
     "impair_rate": NUMBER,
     "repair_rate": NUMBER,

@@ -317,6 +317,7 @@ def signals(record: Part) -> dict[str, Any] | None:
         "batches of": "batch_size",
         "rounds": "rounds",
         "held-out retained images": "held_out",
+        "of those trained on": "trained_on",
     }
     return {
         "reached": found.get("reached"),
@@ -324,7 +325,7 @@ def signals(record: Part) -> dict[str, Any] | None:
         "facts": [
             f"{name} {found[key]:{'.3g' if key.endswith('rate') else 'g'}}"
             for name, key in facts.items()
-            if found.get(key) is not None
+            if found.get(key) is not None and (found[key] or key != "trained_on")
         ],
         "charts": [chart for chart in charts if chart],
         "trials": [_trial(one) for one in found.get("trials") or ()],

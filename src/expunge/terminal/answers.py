@@ -230,12 +230,17 @@ def _calibrated(found: Mapping[str, Any] | None) -> Iterator[str]:
         for trial in found["trials"]
     )
     rounds = "one round" if found["rounds"] == 1 else f"{found['rounds']} rounds"
-    reached = "reached" if found["reached"] else "[bold red]NOT REACHED[/]"
-    yield f"Signals read without forget data: the goal is {reached}; {plain(found['why'])}."
+    if found["reached"] is None:
+        yield f"Signals read without forget data: they can say nothing; {plain(found['why'])}."
+    else:
+        reached = "reached" if found["reached"] else "[bold red]NOT REACHED[/]"
+        yield f"Signals read without forget data: the goal is {reached}; {plain(found['why'])}."
+    read = [f"{found['held_out']} held-out retained images"] if found["held_out"] else []
+    if found["trained_on"]:
+        read.append(f"{found['trained_on']} that are trained on too, for want of more")
     yield (
         f"Calibration took {rounds} of impair and repair: impair rates tried {trials}; repair rate "
-        f"{found['repair_rate']:.3g}, batches of {found['batch_size']}; signals read on {found['held_out']} held-out "
-        "retained images and on class impressions."
+        f"{found['repair_rate']:.3g}, batches of {found['batch_size']}; signals read on {', '.join(read)}, and on class impressions."
     )
 
 
