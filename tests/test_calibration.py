@@ -21,9 +21,9 @@ from expunge.batches import take
 from expunge.data import TensorImages, draw, labels_of, normalize, open_source, stage, with_test_split, without
 from expunge.errors import DivergedError, InputError
 from expunge.journal import Journal
-from expunge.methods.unsir import Calibration, UnsirConfig, _least, unsir
+from expunge.methods.unsir import Calibration, UnsirConfig, _least, learn_noise, unsir
 from expunge.schema import Signals, TrainConfig
-from expunge.signals import IMPRESSION_STEPS, KINDS, LEAST_COMPARED, refreshed
+from expunge.signals import IMPRESSION_STEPS, KINDS, LEAST_COMPARED, Units, gather_evidence, logits_on, refreshed
 from expunge.training import train
 
 UNREACHABLE = UnsirConfig(
@@ -306,6 +306,40 @@ def test_input_in_other_units_is_forgotten_in_them(tiny: Tiny, monkeypatch: pyte
     assert blind.calibration is not None
     assert blind.calibration.reached is None  # what it is there for: signals that say nothing, and that is said
     assert "so it says nothing that a changed model does not" in blind.calibration.why
+
+
+@pytest.mark.parametrize("units", [None, Units(torch.full((1, 1, 1), 70.0), torch.full((1, 1, 1), 100.0))])
+def test_noise_that_is_answered_too_wildly_is_turned_down(
+    units: Units | None, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module: Any = sys.modules["expunge.methods.unsir"]
+    model, split = tiny.model, tiny.split.zero_glance()
+    if units is not None:
+        mean, std = units.mean, units.deviation
+        model = Odd(copy.deepcopy(model), before=lambda images: (images - mean) / std)
+    evidence = gather_evidence(tiny.model, split, tiny.split.retain, per_class=2, seed=0)
+    shown = evidence.retained if units is None else units.input(evidence.retained)
+    evidence = replace(evidence, retained=shown, units=units)
+    noise = learn_noise(model, split, UnsirConfig(), seed=0, units=units)
+
+    def apart(images: Tensor) -> float:
+        return logits_on(model, images).std(1, correction=0).mean().item()
+
+    ratio = apart(noise.images) / apart(shown)
+    assert ratio > 1.5
+    monkeypatch.setattr(module, "WILD", ratio + 0.01)
+    same, kept = module._calmed(model, noise, evidence, Journal())
+    assert same is noise
+    assert kept == 1.0
+    monkeypatch.setattr(module, "WILD", ratio / 2)
+    journal = Journal()
+    calm, kept = module._calmed(model, noise, evidence, journal)
+    assert 0 < kept < 1
+    assert apart(calm.images) / apart(shown) == pytest.approx(ratio / 2, rel=0.05)
+    assert torch.equal(calm.labels, noise.labels)
+    if units is None:
+        torch.testing.assert_close(calm.images, kept * noise.images)
+    assert sum(journal.phases[0].label_counts.values()) == len(evidence.labels)
 
 
 def test_a_model_that_lets_no_gradient_through_is_one_line(tiny: Tiny) -> None:

@@ -188,6 +188,7 @@ class CalibrationReport:
     )
     rounds: int  # of impair and repair
     scale: float = 1.0  # that logits were divided by: above 1 of a model surer than usual, below 1 of one less sure
+    noise_strength: float = 1.0  # the share that learned noise kept: below 1 where the model answers it too wildly
     trials: tuple[Mapping[str, Any], ...]  # of impair: round, rate, steps, outcome, still_called, retain_agreement
     signals: tuple[Signals, ...]  # in the order they were read
 

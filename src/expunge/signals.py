@@ -231,7 +231,7 @@ def gather_evidence(
         more = retained_sample(split.retain, compared - held, split.preprocessing, own, repeat=False)
         retained, labels = torch.cat([retained, more.images]), torch.cat([labels, more.labels])
     with (journal or Journal()).phase("signals", steps=None, shown=False) as meter:
-        answers = retained_answers(_logits(model, retained), split.gone)
+        answers = retained_answers(logits_on(model, retained), split.gone)
         meter.step(samples=len(labels))
         meter.read(Counter(labels.tolist()))
     return Evidence(
@@ -259,14 +259,14 @@ def read_signals(
     """
     if refresh:
         model = refreshed(model, evidence.refresh.images)
-    logits = _logits(model, evidence.retained)
+    logits = logits_on(model, evidence.retained)
     masked = logits.clone()
     masked[:, list(evidence.gone)] = -torch.inf
     forget = list(evidence.forget_classes)
     called: dict[str, float] = {}
     highest = logits.softmax(1)[:, forget].sum(1).mean().item()
     for kind, impressions in evidence.impressions.items():
-        answers = _logits(model, impressions.images)
+        answers = logits_on(model, impressions.images)
         called[kind] = torch.isin(answers.argmax(1), torch.tensor(forget)).double().mean().item()
         highest = max(highest, answers.softmax(1)[:, forget].sum(1).mean().item())
     return Signals(
@@ -414,7 +414,7 @@ def retained_sample(
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, images: Tensor) -> Tensor:
+def logits_on(model: nn.Module, images: Tensor) -> Tensor:
     """Return (N, C) logits; each process answers its share, so that all read the same bits."""
     device, share, parts = device_of(model), Share(len(images), ranks()), Parts(Meter())
     with evaluating(model):

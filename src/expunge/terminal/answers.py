@@ -240,7 +240,8 @@ def _calibrated(found: Mapping[str, Any] | None) -> Iterator[str]:
         read.append(f"{found['trained_on']} that are trained on too, for want of more")
     yield (
         f"Calibration took {rounds} of impair and repair: impair rates tried {trials}; repair rate "
-        f"{found['repair_rate']:.3g}, batches of {found['batch_size']}; signals read on {', '.join(read)}, and on class impressions."
+        f"{found['repair_rate']:.3g}, batches of {found['batch_size']}; signals read on "
+        f"{', '.join(read)}, and on class impressions."
     )
 
 
