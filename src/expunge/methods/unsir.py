@@ -66,6 +66,7 @@ class Calibration:
     depth: float = 0.6  # and to which it must bring the model: a class is gone at the output before it is gone inside
     plenty: int = 8192  # retained images from which on impair is at its full rate; fewer repair less: their root counts
     few_rate: float = 0.5  # of repair's rate, where BatchNorm needs larger batches than suit so few retained images
+    without_batch_norm: float = 1.0  # times repair's rate, and its steps, where no layer normalizes by the batch
     trials: int = 4  # rates that impair may try in a round, each half the one before and from the same weights
     rounds: int = 2  # times that impair and repair may be done; the second at twice the rate where the class is left
     cycles: int = 2  # of repair in a round; those after the first are a quarter as long, at half the rate
@@ -79,6 +80,8 @@ class Calibration:
                 raise InputError(f"expected {name} of at least 1, got {getattr(self, name)}")
         if not 0 < self.few_rate <= 1:
             raise InputError(f"expected a few_rate above 0 and up to 1, got {self.few_rate:g}")
+        if not self.without_batch_norm > 0:
+            raise InputError(f"expected a positive without_batch_norm, got {self.without_batch_norm:g}")
         for name in ("held_out", "called", "probability", "floor", "back", "lost"):
             if not 0 < getattr(self, name) < 1:
                 raise InputError(f"expected {name} between 0 and 1, got {getattr(self, name)}")
@@ -172,7 +175,14 @@ class UnsirConfig:
             impair=replace(whole.impair, steps=12, lr=0.001),
             repair=replace(whole.repair, steps=88, lr=0.0007),
             calibration=Calibration(
-                evidence=16, held_out_most=128, cycles=1, probability=0.02, depth=1.0, few_rate=1.0
+                evidence=16,
+                held_out_most=128,
+                cycles=1,
+                probability=0.02,
+                depth=1.0,
+                few_rate=1.0,
+                without_batch_norm=2.0,
+                rounds=3,  # at so low a rate many images of a class may be left after two
             ),
         )
 
@@ -588,6 +598,9 @@ class _Calibrated:
             return replace(own, batch_size=fitting)
 
         impair, repair = fitted(config.impair, 1.0), fitted(config.repair, plan.few_rate)
+        if not normalized:
+            more = plan.without_batch_norm
+            repair = replace(repair, lr=more * repair.lr, steps=max(1, round(more * (repair.steps or 0))))
         self.config = replace(config, impair=replace(impair, lr=impair.lr * mildness), repair=repair)
         self.evidence = gather_evidence(
             model,
