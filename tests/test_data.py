@@ -800,3 +800,16 @@ def test_labels_that_a_data_set_lists_are_those_its_samples_bear() -> None:
     reads = []
     assert labels_of(Foreign(targets=torch.tensor([1, 2, 3, 0]))).tolist() == [1, 2, 3, 0]
     assert set(reads) == {0, 2, 3}  # some, to see
+
+
+def test_a_parquet_file_that_is_damaged_in_its_middle_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "train.parquet"
+    images = [bytes([row % 251]) * 2000 for row in range(200)]
+    pq.write_table(pa.table({"image": images, "label": [row % 2 for row in range(200)]}), path, compression="zstd")
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 3
+    content[4:middle] = bytes(255 - byte for byte in content[4:middle])
+    path.write_bytes(content)
+    table = open_source(str(path)).train  # labels are whole
+    with pytest.raises(InputError, match=r"cannot read '.*train\.parquet': .* \(if it is damaged, fetch it again\)"):
+        list(table.read(np.arange(200)))

@@ -629,10 +629,17 @@ def _parquet_reader(system: Any, groups: Sequence[_Group], column: str) -> Calla
 
     def read(rows: Labels) -> Iterator[Any]:
         """Yield the payloads of rows, block after block; row groups without a wanted row are not read."""
+        from pyarrow.lib import ArrowException
+
         for path, blocks in itertools.groupby(_by_block(rows, starts), lambda block: groups[block[0]].path):
-            with _parquet(system, path) as file:
-                for number, wanted in blocks:
-                    yield from _group_payloads(file, groups[number].number, column, wanted, Path(path).parent)
+            try:
+                with _parquet(system, path) as file:
+                    for number, wanted in blocks:
+                        yield from _group_payloads(file, groups[number].number, column, wanted, Path(path).parent)
+            except (ArrowException, OSError) as error:
+                raise InputError(
+                    f"cannot read {path!r}: {first_line(error)} (if it is damaged, fetch it again)"
+                ) from error
 
     return read
 
