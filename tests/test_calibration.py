@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils.data import Subset
 
 from conftest import Tiny
@@ -21,6 +22,8 @@ from expunge.batches import take
 from expunge.data import TensorImages, draw, labels_of, normalize, open_source, stage, with_test_split, without
 from expunge.errors import DivergedError, InputError
 from expunge.journal import Journal
+from expunge.methods import PRESETS
+from expunge.methods.fine_tune import fine_tune
 from expunge.methods.unsir import Calibration, UnsirConfig, _least, learn_noise, unsir
 from expunge.schema import Signals, TrainConfig
 from expunge.signals import IMPRESSION_STEPS, KINDS, LEAST_COMPARED, Units, gather_evidence, logits_on, refreshed
@@ -348,12 +351,90 @@ def test_a_model_that_lets_no_gradient_through_is_one_line(tiny: Tiny) -> None:
         unsir(cut, tiny.split.zero_glance(), seed=0)
 
 
+def pruned(layer: nn.Module) -> None:
+    prune.l1_unstructured(layer, "weight", 0.5)  # type: ignore[no-untyped-call]
+
+
+class Hoarder(Odd):
+    """A model that keeps its last answer, in a list."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.last = [super().forward(images)]
+        return self.last[0]
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-def test_a_model_that_cannot_be_copied_is_one_line(tiny: Tiny) -> None:
-    model = Odd(copy.deepcopy(tiny.model))
-    nn.utils.weight_norm(model.model.answer)
-    with pytest.raises(InputError, match=r"cannot be copied: model\.answer\.weight was computed from parameters"):
-        unsir(model, tiny.split.zero_glance(), seed=0)
+@pytest.mark.parametrize("seen", [False, True], ids=["fresh", "measured before"])
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        (nn.utils.weight_norm, "model.answer.weight"),
+        (nn.utils.spectral_norm, "model.answer.weight"),
+        (pruned, "model.answer.weight"),
+        (None, "it.last"),
+    ],
+    ids=["weight_norm", "spectral_norm", "prune", "cache"],
+)
+def test_a_model_that_cannot_be_copied_is_one_line(given: Any, name: str, seen: bool, tiny: Tiny) -> None:
+    model = (Odd if given else Hoarder)(copy.deepcopy(tiny.model))
+    if given:
+        given(model.model.answer)
+    if seen:
+        with torch.no_grad():
+            model.eval()(torch.zeros(2, 1, 8, 8))
+    for config in (UnsirConfig.fast(), UnsirConfig.paper()):
+        with pytest.raises(InputError, match=f"cannot be copied while it trains: {name} keeps what was computed"):
+            unsir(model, tiny.split.zero_glance(), config, seed=0)
+
+
+def test_a_model_that_keeps_its_last_answer_is_fine_tuned(tiny: Tiny) -> None:
+    """Nothing copies it while it trains."""
+    model = Hoarder(copy.deepcopy(tiny.model))
+    model(torch.zeros(2, 1, 8, 8))  # with gradients
+    config = replace(PRESETS["fine_tune"]["default"](), training=TrainConfig(steps=2))
+    fine_tune(model, tiny.split.zero_glance(), config, seed=0)
+
+
+def test_of_several_rounds_one_that_lost_too_much_is_kept_last(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though its answers are nearer to the original's."""
+    module: Any = sys.modules["expunge.methods.unsir"]
+    shown = iter([(0.5, 0.1), (0.97, 0.9)])
+    models: list[nn.Module] = []
+
+    def round_of(_: Any, model: nn.Module, *__: Any) -> tuple[nn.Module, Signals]:
+        accuracy, divergence = next(shown)
+        models.append(copy.deepcopy(model))
+        return models[-1], Signals(
+            phase="repair", step=1, impressions_called={"retained": 0.0}, class_probability=0.0,
+            retain_accuracy=accuracy, retain_agreement=accuracy, retain_divergence=divergence,
+        )  # fmt: skip
+
+    monkeypatch.setattr(module._Calibrated, "_repair", round_of)
+    journal = Journal()
+    kept = unsir(tiny.model, tiny.split.zero_glance(), UnsirConfig.fast(), seed=0, journal=journal)
+    assert kept is models[1]
+    found = journal.calibration
+    assert found is not None
+    assert found.reached
+    assert (found.trials[0]["rate"], found.impair_rate) == (2 * found.impair_rate, found.trials[-1]["rate"])
+
+
+def test_signals_that_say_nothing_of_the_class_still_see_what_is_lost(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module: Any = sys.modules["expunge.methods.unsir"]
+    monkeypatch.setattr(module, "TELLING", 2.0)
+    config = replace(
+        UnsirConfig.fast(), impair=replace(UnsirConfig.fast().impair, lr=1.0), repair=TrainConfig(steps=1, lr=1e-9)
+    )
+    config = replace(config, calibration=replace(Calibration(), trials=1, rounds=1))
+    journal = Journal()
+    unsir(tiny.model, tiny.split.zero_glance(), config, seed=0, journal=journal)
+    found = journal.calibration
+    assert found is not None
+    assert found.reached is False
+    assert "says nothing" in found.why
+    assert "accuracy on retained images is lost" in found.why
 
 
 @pytest.mark.parametrize("each", [4, 10])
@@ -380,12 +461,13 @@ def test_a_round_that_lost_too_much_is_not_gone_on_from(tiny: Tiny, monkeypatch:
         return changed
 
     monkeypatch.setattr(module, "impair", note)
-    # so little of a class may be left, and so little of the rest is repaired, that a round leaves and loses too much
+    monkeypatch.setattr(module._Calibrated, "_gone", lambda *_: False)
+    # twice the rate since the class is left, half of it since too much of the rest is lost
     config = replace(
         UnsirConfig(),
         impair=replace(UnsirConfig().impair, lr=0.2),
         repair=replace(UnsirConfig().repair, steps=1),
-        calibration=Calibration(called=1e-6, probability=1e-6, trials=1),
+        calibration=Calibration(trials=1),
     )
     journal = Journal()
     unsir(tiny.model, tiny.split.zero_glance(), config, seed=0, journal=journal)
@@ -394,6 +476,7 @@ def test_a_round_that_lost_too_much_is_not_gone_on_from(tiny: Tiny, monkeypatch:
     assert not found.reached
     assert not found.back  # what is lost is not back
     assert len(began) == 2
+    assert len({trial["rate"] for trial in found.trials}) == 1
     for key, value in tiny.model.state_dict().items():
         assert torch.equal(value, began[1][key]), key
 

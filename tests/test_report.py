@@ -427,8 +427,8 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("schema_version", 2, "expected schema_version 1, got 2"),
-        ("schema_version", None, "expected schema_version 1, got None"),
+        ("schema_version", 99, "expected schema_version 1 or 2, got 99"),
+        ("schema_version", None, "expected schema_version 1 or 2, got None"),
         ("method", None, "expected method, found none"),
         ("metrics", [], "expected an object at metrics"),
         ("metrics.after", None, "expected metrics.after, found none"),

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.text import Text
 
 from expunge import options
+from expunge.audits import AUDITS
 from expunge.bench.cells import Cell, Original, Tuning
 from expunge.bench.runner import leased
 from expunge.bench.standing import Standing
@@ -248,6 +249,10 @@ def test_help_fits_80_columns(command: str) -> None:
 
 def test_help_names_every_method() -> None:
     assert set(METHODS) == set(re.findall(r"[a-z_0-9]+", options.METHOD_HELP)) - {"or", "to", "compare", "with"}
+
+
+def test_help_names_every_attack() -> None:
+    assert set(AUDITS) == set(re.findall(r"[a-z_]+", options.AUDIT_HELP.partition("all of ")[2]))
 
 
 def test_a_sentence_is_broken_between_words_and_whole_in_a_pipe() -> None:

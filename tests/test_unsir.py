@@ -503,6 +503,7 @@ def test_label_zero_and_train_mode_noise_do_what_their_names_say(tiny: Tiny, mon
     monkeypatch.setattr(TinyNet, "forward", spy)
     config = replace(SMALL, defects=frozenset({"train_mode_noise"}))
     unsir(tiny.model, tiny.split.zero_glance(), config, seed=0)
+    assert modes.pop(0) is False  # a look at whether it can be copied
     assert modes[: SMALL.noise_steps] == [True] * SMALL.noise_steps
 
 

@@ -39,6 +39,7 @@ def role(cat: float, others: float | Mapping[str, float] = 0.9, *, count: int = 
         "false_forget_rate": 0.0,
         "intervals": {"forget_accuracy": bounds(cat, count), "retain_accuracy": bounds(retain, 4 * count)},
         "per_class_intervals": {name: bounds(share, count) for name, share in per_class.items()},
+        "masked_per_class_intervals": {name: bounds(share, count) for name, share in per_class.items()},
         **more,
     }
 
@@ -313,6 +314,20 @@ def test_what_the_rest_gains_by_answers_that_fell_away_hides_no_loss() -> None:
     before = role(0.8, 0.6) | {"masked_retain_accuracy": 0.9}
     assert check_outcome(metrics_of(before, role(0.0, 0.88), None))["kept"] is True
     assert check_outcome(metrics_of(before, role(0.0, 0.86), None))["kept"] is False
+
+
+def test_a_retained_class_that_was_called_a_forgotten_one_is_known_all_the_same() -> None:
+    before = role(0.8, dict.fromkeys(NAMES[1:], 0.9) | {"dog": 0.2})
+    before["masked_per_class_accuracy"]["dog"], before["masked_per_class_intervals"]["dog"] = 0.9, bounds(0.9, COUNT)
+    after = role(0.0, dict.fromkeys(NAMES[1:], 0.98) | {"dog": 0.15})
+    metrics = metrics_of(before, after, None)
+    assert [name for name, _, _ in fallen(metrics)] == ["dog"]
+    assert check_outcome(metrics)["kept"] is False
+
+
+def test_a_loss_of_exactly_the_goal_is_kept() -> None:
+    before = role(0.8) | {"masked_retain_accuracy": 0.04}
+    assert check_outcome(metrics_of(before, role(0.0) | {"retain_accuracy": 0.01}, None))["kept"] is True
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from expunge.options import (
+    AUDIT_HELP,
     METHOD_HELP,
     SPEC_HELP,
     Command,
@@ -303,7 +304,7 @@ def audit(
     ] = None,
     audits: Annotated[
         list[str] | None,
-        typer.Option(metavar="A,B", help="Attacks to run, by name; by default all of the default budget."),
+        typer.Option(metavar="A,B", help=AUDIT_HELP),
     ] = None,
     budget: Annotated[
         str,

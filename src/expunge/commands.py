@@ -64,7 +64,7 @@ from expunge.report.rerun import rerun
 from expunge.schema import IMAGES, Phase, Precision, Preprocessing, Record, Split, TrainConfig
 from expunge.signing import SIGNATURE, check_private, sign_folder
 from expunge.training import predict, train
-from expunge.verdict import verdict
+from expunge.verdict import COSTLY, verdict
 from expunge.weights import Metadata, apply_weights, load_weights, save_weights, weights_content
 from expunge.workspace import DataOptions, Workspace, align, open_workspace, refuse_idle_columns
 
@@ -156,6 +156,8 @@ def train_command(
     workspace = open_workspace(data, model, None, leave_out=leave_out, seed=seed, device=device)
     never = workspace.left_out
     refuse_idle_columns(data, workspace.source)
+    if len(workspace.class_names) < 2:
+        raise InputError(f"expected two classes at least to train on, found {', '.join(workspace.class_names)} alone")
     preprocessing = workspace.preprocessing
     if workspace.source.mirror_safe if augment is None else augment:
         config = replace(config, flip=True, crop=min(preprocessing.size) // 8)
@@ -265,6 +267,7 @@ def forget_command(
             raise InputError(f"{method} trains nothing that could be done in {precision}: leave --precision out")
         settings = [*settings, *changes]
     check_place([out / name for name in (*OF_RECORD, UNLEARNED, SAMPLE)], overwrite)
+    _check_kind(out, "forget")
     signer = keep.signer() if ranks().first else None
     before = weights_digests(weights)
     task = prepare(
@@ -427,6 +430,8 @@ def prepare(
     if len(sample) == 0:
         raise InputError("expected a retain sample, found no image of a class to retain")
     reference = _retrained(workspace, retrained) if retrained is not None else None
+    if reference is not None and _same_tensors(reference.model, workspace.model):
+        raise InputError(f"{retrained} holds the original weights: expected a model trained without the classes")
     with journal.phase("read images", steps=None):
         retained = stage(sample, workspace.preprocessing, skip_bad=data.skip_bad, seed=seed, held=data.memory)
         samples, retained = hash_samples(retained, salt=salt or new_salt())
@@ -646,6 +651,7 @@ def audit_command(
     keep = keep or RecordOptions()
     chosen = _audits(audits)
     check_place([out / name for name in OF_RECORD], overwrite)
+    _check_kind(out, "audit")
     signer = keep.signer()
     classes = classes or _newly_forgotten(original, unlearned)
     workspace = open_workspace(data, model, original, leave_out=classes, seed=seed, device=device)
@@ -902,6 +908,8 @@ def _gone_besides(
 def _audits(names: Sequence[str]) -> list[Audit]:
     unknown = [name for name in names if name not in AUDITS]
     if unknown:
+        if unknown[0] in COSTLY:
+            raise InputError(f"{unknown[0]} trains many models and runs with --budget large alone, beside the others")
         raise InputError(f"unknown audit {unknown[0]!r}: expected some of {', '.join(AUDITS)}")
     return [audit for name, audit in AUDITS.items() if (name in names if names else audit.budget == "default")]
 
@@ -968,6 +976,22 @@ def check_place(paths: Sequence[Path], overwrite: bool) -> None:
     there = agreed(there)
     if there is not None and not overwrite:
         raise InputError(f"{there} is there already: name another --out, or pass --overwrite to replace it")
+
+
+def _check_kind(out: Path, kind: str) -> None:
+    """Refuse to replace what another command wrote: in the place of an erasure's record an audit orphans its weights.
+
+    Raises:
+        InputError: the record in `out` is of another kind.
+    """
+    path = out / OF_RECORD[0]
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        there = content["provenance"]["kind"]
+    except (ValueError, KeyError, TypeError):  # none, or none that can be read: `check_place` has let it be replaced
+        return
+    if there != kind:
+        raise InputError(f"{path} is the record of expunge {there}: name another --out")
 
 
 def check_writable(path: Path) -> None:
@@ -1060,6 +1084,11 @@ def _sibling(workspace: Workspace, weights: Path) -> _Sibling:
     if (ours.size, ours.channels) != (theirs.size, theirs.channels):
         raise InputError(f"{weights} takes images of another size than the original weights: see --size")
     return _Sibling(model, theirs, metadata)
+
+
+def _same_tensors(one: nn.Module, other: nn.Module) -> bool:
+    ours, theirs = one.state_dict(), other.state_dict()
+    return all(torch.equal(value, theirs[name].to(value)) for name, value in ours.items())
 
 
 def _retrained(workspace: Workspace, weights: Path) -> _Sibling:

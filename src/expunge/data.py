@@ -1219,7 +1219,7 @@ def _are_labels(listed: Any, dataset: Any) -> bool:
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         return False
     if isinstance(dataset, IterableDataset):
-        return True
+        return False
     size = len(dataset)
     return len(labels) == size and all(
         int(dataset[place][1]) == labels[place] for place in {0, size // 2, size - 1} if 0 <= place < size

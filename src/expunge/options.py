@@ -39,6 +39,11 @@ METHOD_HELP = (
     "salun, l1_sparse, fisher, ssd, boundary_shrink, boundary_expand, jit, delete, svd_class, zero_shot_gkt, "
     "error_min_max, none, head_mask, random_init."
 )
+AUDIT_HELP = (
+    "Attacks to run; by default all of "
+    "linear_probe, nearest_class_mean, prototype, head_only, few_shot, relearn, population_mia, rmia, "
+    "neighbour_leakage, inversion, where_it_looks, feature_map."
+)
 Seed = Annotated[int, typer.Option(metavar="N", callback=_seed, help="Of all randomness.")]
 Device = Annotated[
     str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, mps; else a GPU where there is one.")

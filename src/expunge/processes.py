@@ -47,7 +47,9 @@ def ranks() -> Ranks:
     """
     if not several():
         return Ranks()
-    if not dist.is_initialized():
+    from accelerate import PartialState
+
+    if not (dist.is_initialized() and PartialState._shared_state):  # else the caller made a group, which it takes over
         _join()
     return Ranks(dist.get_rank(), dist.get_world_size())
 

@@ -14,8 +14,15 @@ if TYPE_CHECKING:  # a record is read without torch
     from torch import Tensor
     from torch.utils.data import Dataset
 
-SCHEMA_VERSION = 1
-"""Version of `record.json`; raised when a key is renamed, moved or changes meaning."""
+SCHEMA_VERSION = 2
+"""Version of `record.json`; raised when a key is renamed, moved or changes meaning.
+
+Since 2 `checks.kept` is against the original that may not answer forgotten classes, and `calibration.held_out` counts
+what is not trained on alone.
+"""
+
+READABLE = (1, 2)
+"""Versions that are read."""
 
 IMAGES = "images.json"
 """Name of the file beside a record that holds pictures of samples, there only where they were asked for."""
@@ -183,9 +190,7 @@ class CalibrationReport:
     repair_rate: float
     batch_size: int
     held_out: int  # retained images that signals were read on and that nothing was trained on
-    trained_on: int = (
-        0  # retained images that signals were read on although they are trained on, as the sample is small
-    )
+    trained_on: int = 0  # others that signals were read on although they are trained on: few are held out, or none
     rounds: int  # of impair and repair
     scale: float = 1.0  # that logits were divided by: above 1 of a model surer than usual, below 1 of one less sure
     noise_strength: float = 1.0  # the share that learned noise kept: below 1 where the model answers it too wildly

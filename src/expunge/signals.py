@@ -51,7 +51,7 @@ IMPRESSION_STEPS = 40  # Adam steps; enough for a probability of the class above
 IMPRESSION_LR = 0.05  # four times it left 3 % of the class in the digits network of the tests
 REFRESH_IMAGES = 256  # retained images that normalization statistics are measured on
 LEAST_COMPARED = 32  # retained images that answers are compared on, at least, where there are so many
-USUAL_DEVIATION = (0.1, 10.0)  # of the pixels of model input: of images scaled to [0, 1] it is .2 to .3
+USUAL_DEVIATION = (0.1, 3.0)  # of the pixels of model input: of images scaled to [0, 1] it is .2 to .3
 
 
 @dataclass(frozen=True)

@@ -173,8 +173,9 @@ def _losses(metrics: Mapping[str, Any], to: str) -> Iterator[tuple[str, float, f
     """Yield each retained class that both models were seen on: name, accuracy before, after, what it surely lost."""
     base, after = metrics[to], metrics["after"]
     for name, share in metrics["before"]["masked_per_class_accuracy"].items():
-        was, now = base["per_class_accuracy"].get(name), after["per_class_accuracy"].get(name)
-        bounds = [one["per_class_intervals"].get(name) for one in (base, after)]
+        # a class that was answered as a forgotten one is known all the same
+        was, now = base["masked_per_class_accuracy"].get(name), after["per_class_accuracy"].get(name)
+        bounds = [base["masked_per_class_intervals"].get(name), after["per_class_intervals"].get(name)]
         if share and was is not None and now is not None and None not in bounds:  # 0: it is to go, or never known
             yield name, was, now, bounds[0][0] - bounds[1][1]
 

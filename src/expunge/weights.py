@@ -196,7 +196,7 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} is not a weights file: expected safetensors or a torch state dict") from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
         raise InputError(f"{path} is not a weights file: expected safetensors or a torch state dict") from error
-    for key in ("state_dict", "model"):
+    for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     tensors = isinstance(content, dict) and content and all(isinstance(v, Tensor) for v in content.values())

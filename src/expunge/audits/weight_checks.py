@@ -17,9 +17,10 @@ THE_ORIGINAL = "the original"
 WEIGHTS_UNTOUCHED = "weights untouched"
 BODY_UNTOUCHED = "body untouched"
 FROZEN_BODY = "frozen body"
+POORLY = "poorly trained"
 
 ALMOST_NONE = 0.01  # accuracy of a model that does not know a class
-KNOWN = 0.05  # mean probability of their class on forget images, above which a model knows it
+KNOWN = 0.05  # mean probability of their class on forget images, or a guess's, above which a model knows it
 POOR = 0.05  # accuracy that a retrained model may lack to the original on retained images
 
 
@@ -97,9 +98,10 @@ def check_retrained(original: Subject, retrained: Subject, data: AuditData, meta
         or _fault_of_answers(original, retrained, data)
     )
     if fault is not None:
-        sentence = (
-            f"the {name} was not retrained without the classes: {fault[1]}; what is compared with it says nothing"
+        what = (
+            "is trained too little to compare with" if fault[0] == POORLY else "was not retrained without the classes"
         )
+        sentence = f"the {name} {what}: {fault[1]}; what is compared with it says nothing"
         return Check(name=name, ok=False, finding=fault[0], sentence=sentence, blocks=layers, roles=(retrained.role,))
     file = "its file says that it never saw the classes" if claim else "no file says how it was trained"
     if kin is None:
@@ -157,7 +159,7 @@ def _fault_of_answers(original: Subject, retrained: Subject, data: AuditData) ->
         if known.low > ALMOST_NONE:
             return "knows the classes", f"{percent(known.value)} of their images are answered rightly"
         own = answers.logits[forget].double().softmax(1).gather(1, answers.labels[forget].view(-1, 1)).mean().item()
-        if own > KNOWN:
+        if own > max(KNOWN, 1 / answers.logits.shape[1]):
             return "knows the classes", f"their images get them with a probability of {own:.2f} on average"
     if retain.any():
         masked = before.logits.clone()
@@ -165,8 +167,8 @@ def _fault_of_answers(original: Subject, retrained: Subject, data: AuditData) ->
         lacks = gap_interval(of_values(hits[retain]), of_values((masked.argmax(1) == before.labels)[retain]))
         if differs(lacks) and lacks.value < -POOR:
             return (
-                "poorly trained",
-                f"it answers {percent(-lacks.value)} fewer retained images rightly than the original",
+                POORLY,
+                f"of retained images it answers {-100 * lacks.value:.1f} points fewer rightly than the original",
             )
     return None
 

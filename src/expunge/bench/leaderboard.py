@@ -8,7 +8,7 @@ from typing import Literal
 
 from expunge.bench.suites import CONTROLS
 from expunge.bench.tables import Figure, Row, Summary, column, separated_best, size
-from expunge.evaluation import GOAL_FORGET, GOAL_RETAIN_DROP
+from expunge.evaluation import GOAL_FORGET, GOAL_RETAIN_DROP, ROUNDING
 
 Answer = Literal["yes", "no", "unknown"]
 
@@ -93,9 +93,6 @@ def _judged(one: Summary) -> Standing:
         answers.append("unknown" if found is None else "yes" if found.value <= goal + ROUNDING else "no")
         told &= found is not None and (found.high <= goal + ROUNDING or found.low > goal + ROUNDING)
     return Standing(summary=one, gone=answers[0], kept=answers[1], told=told)
-
-
-ROUNDING = 1e-9  # of a mean of shares
 
 
 def _place(one: Standing, front: Sequence[Standing]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection
 from typing import Any
 
@@ -38,8 +39,8 @@ def check_split(model: nn.Module, split: Split, *, reads: Collection[str]) -> di
             forgotten class.
     """
     check_float32(model)
-    check_copyable(model)
     num_classes = count_classes(model, split)
+    check_copyable(model)
     if split.class_names and len(split.class_names) != num_classes:
         raise InputError(
             f"expected {num_classes} class names, as many as the model has logits, got {len(split.class_names)}"
@@ -73,20 +74,37 @@ def check_split(model: nn.Module, split: Split, *, reads: Collection[str]) -> di
     return counts
 
 
-def check_copyable(model: nn.Module) -> None:
-    """Check that a model can be copied: a method changes a copy.
+def check_copyable(model: nn.Module, image: Tensor | None = None) -> None:
+    """Check that a model can be copied as it is, or, with an `image`, after it answered one with gradients: a method
+    changes a copy, and some copy what they are training.
+
+    Args:
+        image: float (channels, H, W) model input.
 
     Raises:
         InputError: a module keeps a tensor that was computed from parameters, as torch's old `weight_norm` does.
     """
+    if image is not None:
+        model = copy.deepcopy(model).eval()
+        with torch.enable_grad():
+            model(image.unsqueeze(0).to(device_of(model)))
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
-            if isinstance(value, Tensor) and not value.is_leaf:
+            if attribute in MODULE_ITSELF:
+                continue
+            try:
+                copy.deepcopy(value)
+            except RuntimeError as error:
                 raise InputError(
-                    f"the model cannot be copied: {name or 'it'}.{attribute} was computed from parameters and is kept, "
-                    "as by torch.nn.utils.weight_norm: use torch.nn.utils.parametrizations instead, or bake it in "
-                    "(torch.nn.utils.remove_weight_norm)"
-                )
+                    f"the model cannot be copied while it trains: {name or 'it'}.{attribute} keeps what was computed "
+                    "from parameters (torch.nn.utils.weight_norm, spectral_norm and prune do: use "
+                    "torch.nn.utils.parametrizations, or bake them in with their remove functions; an activation that "
+                    "is kept needs a detach())"
+                ) from error
+
+
+MODULE_ITSELF = frozenset(vars(nn.Module()))
+"""Attributes that every module has: parameters, modules and hooks, none of which a forward makes."""
 
 
 def _check_forget(split: Split) -> None:

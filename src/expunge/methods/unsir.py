@@ -24,9 +24,10 @@ from expunge.batches import Batch, Piece, as_tensor, take
 from expunge.data import TensorImages, count_labels, hold_out, labels_of
 from expunge.errors import DivergedError, InputError
 from expunge.journal import Journal, Meter
-from expunge.methods.checks import check_zero_glance, first_image
+from expunge.methods.checks import check_copyable, check_zero_glance, first_image
 from expunge.methods.common import noise_objective
 from expunge.metrics.confidence import are_probabilities
+from expunge.metrics.uncertainty import wilson_interval
 from expunge.randomness import check_seed, seeded
 from expunge.schema import CalibrationReport, LearnedImages, Predictions, Sample, Signals, Split, TrainConfig
 from expunge.signals import (
@@ -68,7 +69,7 @@ class Calibration:
     few_rate: float = 0.5  # of repair's rate, where BatchNorm needs larger batches than suit so few retained images
     without_batch_norm: float = 1.0  # times repair's rate, and its steps, where no layer normalizes by the batch
     trials: int = 4  # rates that impair may try in a round, each half the one before and from the same weights
-    rounds: int = 2  # times that impair and repair may be done; the second at twice the rate where the class is left
+    rounds: int = 2  # times that impair and repair may be done; each at twice the rate where the class is left
     cycles: int = 2  # of repair in a round; those after the first are a quarter as long, at half the rate
     back: float = 0.08  # loss of accuracy on held-out retained images, beyond its standard error, that counts as back:
     # the original was trained on them
@@ -248,6 +249,7 @@ def unsir(
     config = config or UnsirConfig()
     journal = journal or Journal()
     check_zero_glance(model, split)
+    check_copyable(model, first_image(split))
     if config.calibration is not None:
         return _Calibrated(model, split, config, config.calibration, seed=seed, journal=journal).run()
     if "train_mode_noise" in config.defects:
@@ -613,12 +615,19 @@ class _Calibrated:
             journal=journal,
         )
         self.trials: list[dict[str, Any]] = []
+        known, retained = _accuracy(self.evidence), len({*self.evidence.labels.tolist()})
+        most = wilson_interval(round(known * self.evidence.held), self.evidence.held).high
+        if most < 1 / max(2, retained):
+            raise InputError(
+                f"the model answers {known:.1%} of {self.evidence.held} retained images rightly, less than a guess "
+                f"would: do weights, the order of class names, and --mean, --std and --size belong to this data?"
+            )
 
     def run(self) -> nn.Module:
         config, split = self.config, self.split
         first = self._read(self.model, "original", 0)
         # of inputs that the original does not call the class itself it says nothing that a changed model does not
-        telling = first.still_called >= TELLING
+        telling = _called_of_images(first) >= TELLING
         units = self.evidence.units
         noise = learn_noise(self.model, split, config, seed=self.seed, units=units, journal=self.journal)
         noise, strength = _calmed(self.model, noise, self.evidence, self.journal)
@@ -635,7 +644,7 @@ class _Calibrated:
             gone, lost = self._gone(after), self._lost(after)
             if gone and not lost:
                 break
-            rate = rate / 2 if gone else 2 * rate
+            rate *= (0.5 if lost else 1.0) * (1.0 if gone else 2.0)
             if lost:  # no second round brings back what the first destroyed
                 model = self.model
         assert best is not None  # rounds >= 1
@@ -646,9 +655,9 @@ class _Calibrated:
         back = after.retain_accuracy >= goal
         held_out = self.evidence.held if self.apart else 0
         self.journal.calibration = CalibrationReport(
-            reached=gone and not lost if telling else None,
+            reached=False if lost else gone if telling else None,
             back=back,
-            why=self._why(gone, back, after) if telling else self._why_nothing(first),
+            why=self._why(gone, back, after) if telling else self._why_nothing(first, after),
             impair_rate=found,
             repair_rate=config.repair.lr,
             batch_size=config.repair.batch_size,
@@ -738,8 +747,7 @@ class _Calibrated:
 
     def _gone(self, signals: Signals) -> bool:
         if signals.phase == "impair":  # in which noise bears the label of the class, so that kind says nothing
-            called = max(share for kind, share in signals.impressions_called.items() if kind != "noise")
-            return called <= self.plan.called
+            return _called_of_images(signals) <= self.plan.called
         return signals.still_called <= self.plan.called and signals.class_probability <= self.plan.probability
 
     def _agreement(self, beyond_chance: float) -> float:
@@ -753,8 +761,9 @@ class _Calibrated:
     def _lost(self, signals: Signals) -> bool:
         return signals.retain_accuracy < self._least(self.plan.lost)
 
-    def _rank(self, signals: Signals) -> tuple[bool, float]:
-        return self._gone(signals), -signals.retain_divergence
+    def _rank(self, signals: Signals) -> tuple[bool, bool, float]:
+        gone = self._gone(signals)
+        return gone and not self._lost(signals), gone, -signals.retain_divergence
 
     def _read(self, model: nn.Module, phase: str, step: int, *, refresh: bool = False) -> Signals:
         with self.journal.phase("signals", steps=None, shown=False) as meter:
@@ -777,15 +786,24 @@ class _Calibrated:
             f"({_accuracy(self.evidence):.1%} before, {after.retain_accuracy:.1%})"
         )
 
-    def _why_nothing(self, first: Signals) -> str:
+    def _why_nothing(self, first: Signals, after: Signals) -> str:
+        shares = f"{_accuracy(self.evidence):.1%} before, {after.retain_accuracy:.1%}"
+        lost = f"; accuracy on retained images is lost ({shares})"
         return (
-            f"the original itself calls only {first.still_called:.0%} of the class impressions learned from it the "
-            "class, so it says nothing that a changed model does not; measure on held-out images of the class"
+            f"the original itself calls only {_called_of_images(first):.0%} of the class impressions learned from it "
+            "the class, so it says nothing that a changed model does not; measure on held-out images of the class"
+            f"{lost if self._lost(after) else ''}"
         )
 
 
 TELLING = 0.5
-"""The share of class impressions, of some kind, that the original must call the class for signals to say anything."""
+"""The share of class impressions, of some kind that began as images, that the original must call the class for signals
+to say anything."""
+
+
+def _called_of_images(signals: Signals) -> float:
+    """Return the share of impressions still called a forgotten class, of the kind made from images called so most."""
+    return max(share for kind, share in signals.impressions_called.items() if kind != "noise")
 
 
 SURE, USUAL = 8.0, 5.0
@@ -796,7 +814,7 @@ calibration.md, 15)."""
 UNSURE = 0.3
 """How far a model's mean probability of its answer may lie below its accuracy. Further below, as where a model gives
 probabilities or cosines, answers are multiplied until the two agree (temperature scaling, Guo et al.,
-arXiv:1706.04599)."""
+arXiv:1706.04599), or until the first leads the second by USUAL."""
 
 
 def _scale(model: nn.Module, held_out: Dataset[Sample], split: Split, journal: Journal) -> float:
@@ -808,7 +826,7 @@ def _scale(model: nn.Module, held_out: Dataset[Sample], split: Split, journal: J
         meter.step(samples=len(found.labels))
         meter.read(Counter(found.labels.tolist()))
         if lead <= SURE:
-            return 1 / _sharper(found, split.gone, meter)
+            return 1 / _sharper(found, split.gone, lead, meter)
         meter.note = (
             f"the model is surer than most: its first answer leads the second by {lead:.1f} logits, so they were "
             f"divided by {lead / USUAL:.1f} while it forgot"
@@ -816,28 +834,26 @@ def _scale(model: nn.Module, held_out: Dataset[Sample], split: Split, journal: J
         return lead / USUAL
 
 
-def _sharper(found: Predictions, gone: tuple[int, ...], meter: Meter) -> float:
+def _sharper(found: Predictions, gone: tuple[int, ...], lead: float, meter: Meter) -> float:
     """Return what to multiply answers by so that their mean probability is their accuracy; 1 where it is near that."""
+    most = USUAL / lead if lead > 0 else 1.0  # few images, all answered rightly, would ask for any number
 
     def confidence(times: float) -> float:
         return retained_answers(times * found.logits, gone).max(1).values.mean().item()
 
     right = retained_answers(found.logits, gone).argmax(1) == found.labels
     accuracy = right.double().mean().item()
-    if accuracy - confidence(1.0) <= UNSURE or confidence(MOST_SHARPER) < accuracy:
+    if accuracy - confidence(1.0) <= UNSURE or most <= 1:
         return 1.0
-    low, high = 1.0, MOST_SHARPER
+    low, high = 1.0, most
     for _ in range(20):
         middle = math.sqrt(low * high)
-        low, high = (middle, high) if confidence(middle) < min(accuracy, 0.99) else (low, middle)
+        low, high = (middle, high) if confidence(middle) < accuracy else (low, middle)
     told = f"right on {accuracy:.0%}, it gives its answers a probability of {confidence(1.0):.0%}"
     if are_probabilities(found.logits):
         told = "it gives probabilities in place of logits, and is better handed in without its last softmax"
     meter.note = f"the model is less sure than most: {told}; its answers were multiplied by {high:.1f} while it forgot"
     return high
-
-
-MOST_SHARPER = 1000.0  # times that answers may be multiplied by
 
 
 def _divided(by: float) -> Callable[[nn.Module, Any, Any], Any]:

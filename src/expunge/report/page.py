@@ -191,18 +191,15 @@ def _gone(record: Part) -> str:
 
 
 def _kept(record: Part) -> str:
-    before, after = (
-        record["metrics"]["before"].get("masked_retain_accuracy"),
-        record["metrics"]["after"].get("retain_accuracy"),
-    )
+    own = record["schema_version"] == 1  # it was held against the original as it answers
+    before = record["metrics"]["before"].get("retain_accuracy" if own else "masked_retain_accuracy")
+    after = record["metrics"]["after"].get("retain_accuracy")
     if before is None or after is None:
         return "There are no held-out images of a retained class."
     goal = _goal(record, "goal_retain_drop")
     aim = "" if goal is None else f"; the goal is no more than {told(goal, 'points')} points less"
-    return (
-        f"{told(after)} of images of classes that stay are answered rightly, {told(before)} by the original where it "
-        f"may not answer forgotten classes{aim}."
-    )
+    by = "by the original" if own else "by the original where it may not answer forgotten classes"
+    return f"{told(after)} of images of classes that stay are answered rightly, {told(before)} {by}{aim}."
 
 
 def _goal(record: Part, name: str) -> float | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from expunge.errors import InputError, first_line
 from expunge.files import content_hash
-from expunge.schema import IMAGES, SCHEMA_VERSION
+from expunge.schema import IMAGES, READABLE
 
 LAYERS = {
     "gone_at_the_output": "Gone at the output",
@@ -88,9 +88,10 @@ def read_json(path: Path) -> Any:
 
 
 def check_version(version: Any) -> None:
-    """Refuse another schema than this version writes."""
-    if version != SCHEMA_VERSION:
-        raise InputError(f"expected schema_version {SCHEMA_VERSION}, got {str(version)[:40]}")
+    """Refuse another schema than this version knows."""
+    if version not in READABLE:
+        known = " or ".join(map(str, READABLE))
+        raise InputError(f"expected schema_version {known}, got {str(version)[:40]}")
 
 
 def check_record(record: Any) -> None:
@@ -135,6 +136,7 @@ ONE_MODEL: Form = {
     "prediction_divergence_bits": NUMBER,
     "intervals": {"*": [NUMBER]},
     "per_class_intervals": {"*": [NUMBER]},
+    "masked_per_class_intervals": {"*": [NUMBER]},
     "weight_distance": {"to_original": DISTANCES, "to_retrained": DISTANCES},
     "forget_train_accuracy": NUMBER,
 }

@@ -317,7 +317,7 @@ def signals(record: Part) -> dict[str, Any] | None:
         "batches of": "batch_size",
         "rounds": "rounds",
         "held-out retained images": "held_out",
-        "of those trained on": "trained_on",
+        "retained images that are trained on too": "trained_on",
     }
     return {
         "reached": found.get("reached"),

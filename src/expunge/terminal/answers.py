@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from expunge.ledger import NAME as LEDGER
 from expunge.terminal.words import duration, percent, plain, say
 
 if TYPE_CHECKING:
@@ -72,7 +73,8 @@ def show_files(console: Console, files: Sequence[Path], out: Path) -> None:
         say(console, Text(f"{'plots/':<22} {len(plots)} drawings (SVG)"), indent=2)
     for path in files:
         if path.suffix == ".sqlite":
-            say(console, Text(f"Entered in {path} (expunge log)"))
+            here = path.resolve() == Path(LEDGER).resolve()
+            say(console, Text(f"Entered in {path} (expunge log{'' if here else f' --ledger {path}'})"))
 
 
 EVIDENCE = 3  # findings told of each layer: they come sorted, the one that decides first
@@ -237,7 +239,7 @@ def _calibrated(found: Mapping[str, Any] | None) -> Iterator[str]:
         yield f"Signals read without forget data: the goal is {reached}; {plain(found['why'])}."
     read = [f"{found['held_out']} held-out retained images"] if found["held_out"] else []
     if found["trained_on"]:
-        read.append(f"{found['trained_on']} that are trained on too, for want of more")
+        read.append(f"{found['trained_on']} retained images that are trained on too")
     yield (
         f"Calibration took {rounds} of impair and repair: impair rates tried {trials}; repair rate "
         f"{found['repair_rate']:.3g}, batches of {found['batch_size']}; signals read on "

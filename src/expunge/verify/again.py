@@ -120,7 +120,10 @@ def _told_otherwise(record: Content, task: Task, done: Erasure, journal: Journal
     }
     then = {part: {name: record[part][name] for name in now[part]} for part in ("samples_read", "cost", "checks")}
     comparison = Comparison(SAME_TOLERANCE, words=True)
-    comparison.compare(then | {"calibration": record["calibration"]}, json.loads(json.dumps(now)))
+    told = dict(record["calibration"] or {})
+    if record["schema_version"] == 1:  # it meant something else
+        told.pop("held_out", None)
+    comparison.compare(then | {"calibration": told or None}, json.loads(json.dumps(now)))
     return list(dict.fromkeys(comparison.changed)) + comparison.lacking
 
 
@@ -217,8 +220,10 @@ def check_measures(folder: Path, record: Content, where: Elsewhere, journal: Jou
     measured = {name: getattr(again, name) for name in ("metrics", "audits", "verdict", "checks")}
     then = {name: record[name] for name in measured}
     now = json.loads(json.dumps(measured))
-    for one in (then, now):  # what signals said in the run is no measure; `replay_erasure` looks at it
-        one["checks"] = {name: value for name, value in one["checks"].items() if name != "signals"}
+    # what signals said in the run is no measure; `replay_erasure` looks at it. `kept` meant something else in version 1
+    passed = {"signals"} | ({"kept"} if record["schema_version"] == 1 else set())
+    for one in (then, now):
+        one["checks"] = {name: value for name, value in one["checks"].items() if name not in passed}
     comparison = Comparison(SAME_TOLERANCE if exact else MEASURE_TOLERANCE, words=exact and same_code)
     comparison.compare(then, now)
     changed, lacking = list(dict.fromkeys(comparison.changed)), comparison.lacking
