@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,23 @@ def test_a_failed_self_check_of_the_unlearned_model_leaves_with_1(judged: tuple[
         failed = [(check["finding"], check["roles"]) for check in record["self_checks"] if check["ok"] is False]
         assert failed == ([("sharpened answers", ["unlearned"])] if unlearned == sharpened else [])
     assert codes == {trained.retrained.stem: 0, "sharpened": 1}
+
+
+def test_an_audit_does_not_take_the_place_of_an_erasure(judged: tuple[Trained, Path], tmp_path: Path) -> None:
+    trained, hidden = judged
+    record = tmp_path / "record.json"
+    record.write_text(json.dumps({"provenance": {"kind": "forget"}}), encoding="utf-8")
+    result = invoke(*words(trained, hidden, tmp_path, "--classes", "3", "--audits", SHORT, "--overwrite"))
+    assert result.exit_code == 2
+    assert "is the record of expunge forget: name another --out" in " ".join(result.stderr.split())
+    assert json.loads(record.read_text(encoding="utf-8")) == {"provenance": {"kind": "forget"}}
+
+
+def test_an_attack_of_the_large_budget_is_named_so(judged: tuple[Trained, Path], tmp_path: Path) -> None:
+    trained, hidden = judged
+    result = invoke(*words(trained, hidden, tmp_path / "out", "--classes", "3", "--audits", "u_lira"))
+    assert result.exit_code == 2
+    assert "u_lira trains many models and runs with --budget large alone" in " ".join(result.stderr.split())
 
 
 def test_without_a_retrained_model_it_says_so_first(judged: tuple[Trained, Path], tmp_path: Path) -> None:

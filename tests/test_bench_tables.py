@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from expunge.bench.leaderboard import FIGURES, standings
 from expunge.bench.plots import cost_against_quality, forget_against_retain, growth
 from expunge.bench.scaling import fit_exponent, growth_table, growths
 from expunge.bench.suites import SUITES
@@ -39,6 +40,13 @@ def row(method: str, seed: int, retain: float, **more: Any) -> Row:
         "retrained_forget_accuracy": 0.0, "retrained_retain_accuracy": 0.98,
     }  # fmt: skip
     return filled | more
+
+
+def test_the_loss_on_the_others_is_to_the_original_that_may_not_answer_the_classes_either() -> None:
+    (one,) = summarize([row("a", 0, 0.95, original_masked_retain_accuracy=0.99)], FIGURES)
+    assert one.figures["retain_drop"].value == pytest.approx(0.04)
+    (place,) = standings([one])
+    assert (place.gone, place.kept) == ("yes", "no")  # .02 below what it answers when it may answer all
 
 
 def test_mean_and_interval_by_hand() -> None:

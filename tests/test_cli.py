@@ -174,6 +174,9 @@ def test_a_calibrated_run_tells_what_it_found(tmp_path: Path, trained: Trained) 
     told = " ".join(result.stdout.split())
     assert f"the goal is {'reached' if found['reached'] else 'NOT REACHED'}; {found['why']}." in told
     assert f"signals read on {found['held_out']} held-out" in told
+    known = record["metrics"]["before"]["masked_retain_accuracy"]
+    change = 100 * (record["metrics"]["after"]["retain_accuracy"] - known)
+    assert f"({change:+.1f} points to the original's {100 * known:.1f}% where it may not answer" in told
     for trial in found["trials"]:
         assert f"{trial['rate']:.3g} ({trial['outcome']} after {trial['steps']} steps)" in told
     assert "impair: " in result.stderr
@@ -515,6 +518,50 @@ def test_retrained_reference_that_saw_the_class(tmp_path: Path, trained: Trained
     out = tmp_path / "out"
     refuse("was trained with a class", out, *trained.arguments(out, "--retrained", str(trained.weights)))
     refuse("was trained with a class", out, *trained.arguments(out, "--retrained", str(trained.retrained), classes="4"))
+
+
+def test_the_original_itself_is_no_retrained_model(tmp_path: Path, trained: Trained) -> None:
+    out, same = tmp_path / "out", tmp_path / "same.pt"
+    torch.save(dict(load_weights(trained.weights)[0]), same)  # which says nothing of how it was trained
+    refuse(
+        "holds the original weights: expected a model trained without",
+        out,
+        *trained.arguments(out, "--retrained", str(same)),
+    )
+
+
+def test_weights_whose_classes_are_in_another_order_are_refused(tmp_path: Path, trained: Trained) -> None:
+    out, silent = tmp_path / "out", tmp_path / "silent.pt"
+    torch.save(dict(load_weights(trained.weights)[0]), silent)
+    words = [silent if word == str(trained.weights) else word for word in trained.arguments(out)]
+    turned = ",".join([*CLASSES[1:], CLASSES[0]])
+    refuse(
+        "less than a guess would: do weights, the order of class names",
+        out,
+        *map(str, words),
+        "--class-names",
+        turned,
+        "-q",
+    )
+
+
+def test_a_single_class_is_nothing_to_train_on(tmp_path: Path) -> None:
+    folder = tmp_path / "one" / "only"
+    folder.mkdir(parents=True)
+    for number in range(8):
+        Image.new("RGB", (8, 8), (30 * number, 0, 0)).save(folder / f"{number}.png")
+    out = tmp_path / "w.safetensors"
+    refuse(
+        "expected two classes at least to train on, found only alone",
+        out,
+        "train",
+        "--data",
+        str(folder.parent),
+        "--model",
+        "allcnn",
+        "--out",
+        str(out),
+    )
 
 
 class Bomb:

@@ -130,6 +130,17 @@ def test_the_first_screen_of_an_erasure_says_what_it_does_not_know() -> None:
     assert "Method unsir, preset fast, seed 0. It was handed 900 images of classes that stay" in words
     assert "Repeats counted, it read 6,327 of those and 0 of the classes to forget." in words
     assert f"{record['cost']['steps']} optimizer steps" in words
+    before = record["metrics"]["before"] | {"retain_accuracy": 0.5, "masked_retain_accuracy": 0.625}
+    record["metrics"]["before"] = before
+    for version, known in ((1, "50.0 % by the original;"), (2, "62.5 % by the original where it may not answer")):
+        record["schema_version"] = version
+        assert known in plain(Page(html_report(record)).words)
+    record["calibration"] |= {"reached": None, "held_out": 9, "trained_on": 23}
+    record["checks"]["signals"] = None
+    silent = plain(Page(html_report(record)).words)
+    assert "unknown Gone by signals" in silent
+    assert "Signals can say nothing" in silent
+    assert "held-out retained images 9, retained images that are trained on too 23" in silent
     record["checks"] |= {"forgotten": False, "kept": None, "signals": False}
     changed = plain(Page(html_report(record)).words)
     assert "no Gone at the output" in changed

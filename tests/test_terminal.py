@@ -27,6 +27,7 @@ from expunge.bench.standing import Standing
 from expunge.journal import Journal, Part
 from expunge.methods import METHODS
 from expunge.schema import Signals
+from expunge.terminal import answers
 from expunge.terminal.bench import Board
 from expunge.terminal.progress import Bars
 from expunge.terminal.words import duration, say
@@ -249,6 +250,16 @@ def test_help_fits_80_columns(command: str) -> None:
 
 def test_help_names_every_method() -> None:
     assert set(METHODS) == set(re.findall(r"[a-z_0-9]+", options.METHOD_HELP)) - {"or", "to", "compare", "with"}
+
+
+def test_what_signals_cannot_say_is_said() -> None:
+    found: dict[str, Any] = {
+        "reached": None, "why": "nothing is known", "trials": [], "rounds": 1, "repair_rate": 0.001, "batch_size": 64,
+        "held_out": 0, "trained_on": 36,
+    }  # fmt: skip
+    told = " ".join(answers._calibrated(found))
+    assert "Signals read without forget data: they can say nothing; nothing is known." in told
+    assert "signals read on 36 retained images that are trained on too, and on class impressions" in told
 
 
 def test_help_names_every_attack() -> None:

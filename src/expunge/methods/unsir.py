@@ -615,13 +615,6 @@ class _Calibrated:
             journal=journal,
         )
         self.trials: list[dict[str, Any]] = []
-        known, retained = _accuracy(self.evidence), len({*self.evidence.labels.tolist()})
-        most = wilson_interval(round(known * self.evidence.held), self.evidence.held).high
-        if most < 1 / max(2, retained):
-            raise InputError(
-                f"the model answers {known:.1%} of {self.evidence.held} retained images rightly, less than a guess "
-                f"would: do weights, the order of class names, and --mean, --std and --size belong to this data?"
-            )
 
     def run(self) -> nn.Module:
         config, split = self.config, self.split
@@ -825,6 +818,7 @@ def _scale(model: nn.Module, held_out: Dataset[Sample], split: Split, journal: J
         lead = (first - second).mean().item()
         meter.step(samples=len(found.labels))
         meter.read(Counter(found.labels.tolist()))
+        _check_known(found, split.gone)
         if lead <= SURE:
             return 1 / _sharper(found, split.gone, lead, meter)
         meter.note = (
@@ -832,6 +826,17 @@ def _scale(model: nn.Module, held_out: Dataset[Sample], split: Split, journal: J
             f"divided by {lead / USUAL:.1f} while it forgot"
         )
         return lead / USUAL
+
+
+def _check_known(found: Predictions, gone: tuple[int, ...]) -> None:
+    """Raise InputError where a model answers retained images worse than a guess would, by both bounds."""
+    right = retained_answers(found.logits, gone).argmax(1) == found.labels
+    classes = found.logits.shape[1] - len(gone)
+    if wilson_interval(int(right.sum()), len(right)).high < 1 / max(2, classes):
+        raise InputError(
+            f"the model answers {right.double().mean():.1%} of {len(right)} retained images rightly, less than a guess "
+            "would: do weights, the order of class names, and --mean, --std and --size belong to this data?"
+        )
 
 
 def _sharper(found: Predictions, gone: tuple[int, ...], lead: float, meter: Meter) -> float:
