@@ -525,8 +525,8 @@ def test_models_that_were_not_retrained_are_called_what_they_are(scene: Scene) -
             check = check_retrained(scene.original, scene.subject(fake, role), scene.data)
             assert (check.ok, check.finding, check.blocks) == (False, finding, blocks), (finding, check)
             assert check.name == f"{role} model"
-            what = "is trained too little to compare with" if finding == "poorly trained" else "was not retrained without"
-                assert check.sentence.startswith(f"the {role} model {what}")
+            told = "is trained too little to compare with" if finding == "poorly trained" else "was not retrained"
+            assert check.sentence.startswith(f"the {role} model {told}")
 
 
 def test_a_model_that_knows_the_classes_was_not_retrained(scene: Scene) -> None:
