@@ -109,6 +109,14 @@ def test_what_a_calibration_found_is_recorded_and_checked(tiny: Tiny) -> None:
         assert found["signals"][0]["impressions_called"] == {"retained": 0.25, "noise": 0.5}
 
 
+def test_classes_that_fell_are_told_in_one_note(monkeypatch: pytest.MonkeyPatch, tiny: Tiny) -> None:
+    fell = [(str(number), 0.9, 0.9 - 0.1 * number) for number in range(7)]
+    monkeypatch.setattr("expunge.evaluation.fallen", lambda _: fell)
+    (note,) = evaluate(tiny.model, tiny.model, tiny.split).notes
+    assert note.startswith("of the classes that stay fell 6 from 90.0% to 30.0%, 5 from 90.0% to 40.0%, ")
+    assert note.endswith("2 from 90.0% to 70.0% and 2 more")
+
+
 def test_cost_adds_up_a_phase_that_ran_twice_and_leaves_answers_out_of_the_steps() -> None:
     def phase(name: str, steps: int, loss: float | None) -> Phase:
         return Phase(name=name, seconds=steps / 2, steps=steps, samples=steps * 10, label_counts={}, final_loss=loss)

@@ -255,6 +255,13 @@ def test_a_record_edited(erased: Erased) -> None:
     assert lines[-1] == f"chain: the chain is cut: {told}"
 
 
+def test_a_record_of_a_newer_version_is_called_so(erased: Erased) -> None:
+    path = erased.first / "record.json"
+    path.write_text(path.read_text().replace('"schema_version": 2', '"schema_version": 3'))
+    with pytest.raises(InputError, match="is of a newer version of expunge \\(schema_version 3\\)"):
+        erased.wrong(erased.first)
+
+
 def test_any_byte_of_a_record(erased: Erased) -> None:
     path = erased.first / "record.json"
     whole = path.read_bytes()

@@ -165,10 +165,7 @@ def evaluate(
         notes=(
             *hardly_known(metrics["before"], [names[label] for label in split.forget_classes]),
             *(f"of the classes to forget {name} is still recognised" for name in _surely_remaining(metrics)),
-            *(
-                f"of the classes that stay {name} fell from {was:.1%} to {now:.1%}"
-                for name, was, now in fallen(metrics)
-            ),
+            *_fallen(metrics),
         ),
     )
 
@@ -343,6 +340,17 @@ def check_outcome(metrics: Mapping[str, Any]) -> dict[str, Any]:
         "goal_forget_accuracy": GOAL_FORGET,
         "goal_retain_drop": GOAL_RETAIN_DROP,
     }
+
+
+def _fallen(metrics: Mapping[str, Any]) -> list[str]:
+    """Return a note on the retained classes that surely fell by ten points, the worst first, if any."""
+    found = sorted(fallen(metrics), key=lambda one: one[2] - one[1])
+    told = [f"{name} from {was:.1%} to {now:.1%}" for name, was, now in found[:FEW]]
+    more = f" and {len(found) - FEW} more" if len(found) > FEW else ""
+    return [f"of the classes that stay fell {', '.join(told)}{more}"] if found else []
+
+
+FEW = 5  # of many
 
 
 def _surely_remaining(metrics: Mapping[str, Any]) -> list[str]:

@@ -287,6 +287,11 @@ def retained_answers(logits: Tensor, gone: tuple[int, ...], temperature: float =
     return kept.softmax(1)
 
 
+def are_probabilities(logits: Tensor) -> bool:
+    """Return whether every row of (N, classes) is of numbers that are not negative and sum to 1."""
+    return bool((logits >= 0).all()) and bool(((logits.double().sum(1) - 1).abs() < 1e-3).all())
+
+
 @torch.no_grad()
 def refreshed(model: nn.Module, images: Tensor) -> nn.Module:
     """Return a copy of `model`, in eval mode, whose running statistics are those of `images` alone.

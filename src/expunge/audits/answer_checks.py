@@ -26,10 +26,9 @@ from expunge.audits.check import (
     sides,
 )
 from expunge.audits.core import AuditData, Subject
-from expunge.metrics.confidence import are_probabilities
 from expunge.metrics.uncertainty import Interval, gap_interval, of_values
 from expunge.randomness import seeded
-from expunge.signals import REFRESH_IMAGES, refreshed, retained_sample
+from expunge.signals import REFRESH_IMAGES, are_probabilities, refreshed, retained_sample
 from expunge.training import evaluating, has_running_statistics, logits_of, predict
 
 PASSES = 48  # images to try evaluation mode on: whether something moves shows on few

@@ -26,8 +26,6 @@ from expunge.errors import DivergedError, InputError
 from expunge.journal import Journal, Meter
 from expunge.methods.checks import check_copyable, check_zero_glance, first_image
 from expunge.methods.common import noise_objective
-from expunge.metrics.confidence import are_probabilities
-from expunge.metrics.uncertainty import wilson_interval
 from expunge.randomness import check_seed, seeded
 from expunge.schema import CalibrationReport, LearnedImages, Predictions, Sample, Signals, Split, TrainConfig
 from expunge.signals import (
@@ -35,6 +33,7 @@ from expunge.signals import (
     Evidence,
     Impressions,
     Units,
+    are_probabilities,
     descend,
     gather_evidence,
     learn_impressions,
@@ -767,21 +766,27 @@ class _Calibrated:
 
     def _why(self, gone: bool, back: bool, after: Signals) -> str:
         if not gone:
-            return (
-                f"after {self.plan.rounds} rounds of impair and repair, {after.still_called:.0%} of the class "
-                "impressions of one kind are still called a forgotten class (mean probability up to "
-                f"{after.class_probability:.1%}); the best round is kept"
-            )
+            left = f"their mean probability is up to {after.class_probability:.1%}"
+            if after.still_called > self.plan.called:
+                left = (
+                    f"{after.still_called:.0%} of the class impressions of one kind are still called a forgotten class "
+                    f"({left})"
+                )
+            else:
+                left = f"the classes are hardly called any more, but {left}, for {self.plan.probability:.1%} asked for"
+            lost = f"; accuracy on retained images is lost ({self._shares(after)})" if self._lost(after) else ""
+            return f"after {self.plan.rounds} rounds of impair and repair, {left}{lost}; the best round is kept"
         state = "is back" if back else "is lost" if self._lost(after) else "gains no more"
         return (
             f"the classes are gone, {'but' if self._lost(after) else 'and'} accuracy on "
-            f"{self.evidence.held} {'held-out ' if self.apart else ''}retained images {state} "
-            f"({_accuracy(self.evidence):.1%} before, {after.retain_accuracy:.1%})"
+            f"{self.evidence.held} {'held-out ' if self.apart else ''}retained images {state} ({self._shares(after)})"
         )
 
+    def _shares(self, after: Signals) -> str:
+        return f"{_accuracy(self.evidence):.1%} before, {after.retain_accuracy:.1%}"
+
     def _why_nothing(self, first: Signals, after: Signals) -> str:
-        shares = f"{_accuracy(self.evidence):.1%} before, {after.retain_accuracy:.1%}"
-        lost = f"; accuracy on retained images is lost ({shares})"
+        lost = f"; accuracy on retained images is lost ({self._shares(after)})"
         return (
             f"the original itself calls only {_called_of_images(first):.0%} of the class impressions learned from it "
             "the class, so it says nothing that a changed model does not; measure on held-out images of the class"
@@ -829,10 +834,10 @@ def _scale(model: nn.Module, held_out: Dataset[Sample], split: Split, journal: J
 
 
 def _check_known(found: Predictions, gone: tuple[int, ...]) -> None:
-    """Raise InputError where a model answers retained images worse than a guess would, by both bounds."""
+    """Raise InputError where a model answers retained images worse than a guess would, by two deviations of that."""
     right = retained_answers(found.logits, gone).argmax(1) == found.labels
-    classes = found.logits.shape[1] - len(gone)
-    if wilson_interval(int(right.sum()), len(right)).high < 1 / max(2, classes):
+    chance, size = 1 / max(2, found.logits.shape[1] - len(gone)), len(right)
+    if right.sum().item() < size * chance - 2 * math.sqrt(size * chance * (1 - chance)):
         raise InputError(
             f"the model answers {right.double().mean():.1%} of {len(right)} retained images rightly, less than a guess "
             "would: do weights, the order of class names, and --mean, --std and --size belong to this data?"

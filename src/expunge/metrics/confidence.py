@@ -38,8 +38,3 @@ def calibration_error(logits: Tensor, labels: Tensor) -> float:
     # of each bin, how much more was claimed than came true: its two means, times its share of the samples
     over = torch.zeros(BINS + 2, dtype=torch.double).index_add_(0, place, confidence.double() - right)
     return over.abs().sum().item() / len(labels)
-
-
-def are_probabilities(logits: Tensor) -> bool:
-    """Return whether every row of (N, classes) is of numbers that are not negative and sum to 1."""
-    return bool((logits >= 0).all()) and bool(((logits.double().sum(1) - 1).abs() < 1e-3).all())

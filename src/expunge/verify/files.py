@@ -21,7 +21,7 @@ from expunge.provenance import (
     tensors_digest,
 )
 from expunge.report import check_record
-from expunge.schema import IMAGES, Preprocessing
+from expunge.schema import IMAGES, READABLE, Preprocessing
 from expunge.verify.finding import Content, Elsewhere, Finding
 from expunge.weights import load_weights, weights_file
 
@@ -35,9 +35,17 @@ def read_record(folder: Path) -> tuple[dict[str, Any] | None, list[Finding]]:
     try:
         record = json.loads(text.decode("utf-8"))
         json.dumps(record, ensure_ascii=False).encode()  # half a character has no bytes
-        check_record(record)
-    except (ValueError, RecursionError) as error:  # InputError is one
+        newer = (
+            isinstance(record, dict)
+            and type(record["schema_version"]) is int
+            and record["schema_version"] > READABLE[-1]
+        )
+        if not newer:
+            check_record(record)
+    except (KeyError, ValueError, RecursionError) as error:  # InputError is one
         return None, [Finding("record", False, f"{RECORD} was damaged: {first_line(error)}")]
+    if newer:
+        raise InputError(f"{path} is of a newer version of expunge (schema_version {record['schema_version']})")
     provenance = record.get("provenance")
     if provenance is None and "item" in record and "content_hash" not in record:
         raise InputError(f"{path} is a cell of expunge bench, which seals none: verify what forget or audit wrote")
