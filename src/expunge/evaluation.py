@@ -331,12 +331,12 @@ def check_outcome(metrics: Mapping[str, Any]) -> dict[str, Any]:
     forget, retain, known = after["forget_accuracy"], after["retain_accuracy"], before["masked_retain_accuracy"]
     reached = None if forget is None else forget <= GOAL_FORGET and not _surely_remaining(metrics)
     unknown = _at_chance(before["intervals"]["forget_accuracy"], len(before["per_class_accuracy"]))
-    unknown_rest = _at_chance(before["intervals"]["retain_accuracy"], len(before["per_class_accuracy"]))
+    rest = None  # unknown: nothing to see it on, or the original does not know it
+    if retain is not None and not _at_chance(before["intervals"]["retain_accuracy"], len(before["per_class_accuracy"])):
+        rest = retain >= known - GOAL_RETAIN_DROP - ROUNDING and not collapsed(metrics)
     return {
         "forgotten": None if reached and unknown else reached,
-        "kept": None
-        if retain is None or unknown_rest
-        else retain >= known - GOAL_RETAIN_DROP - ROUNDING and not collapsed(metrics),
+        "kept": rest,
         "goal_forget_accuracy": GOAL_FORGET,
         "goal_retain_drop": GOAL_RETAIN_DROP,
     }

@@ -833,9 +833,14 @@ def _scale(model: nn.Module, held_out: Dataset[Sample], split: Split, journal: J
         return lead / USUAL
 
 
+def _right(found: Predictions, gone: tuple[int, ...]) -> Tensor:
+    """Return which samples are answered rightly where the classes `gone` may not be answered, (N,) bool."""
+    return retained_answers(found.logits, gone).argmax(1) == found.labels
+
+
 def _check_known(found: Predictions, gone: tuple[int, ...]) -> None:
     """Raise InputError where a model answers retained images worse than a guess would, by two deviations of that."""
-    right = retained_answers(found.logits, gone).argmax(1) == found.labels
+    right = _right(found, gone)
     chance, size = 1 / max(2, found.logits.shape[1] - len(gone)), len(right)
     if right.sum().item() < size * chance - 2 * math.sqrt(size * chance * (1 - chance)):
         raise InputError(
@@ -851,8 +856,7 @@ def _sharper(found: Predictions, gone: tuple[int, ...], lead: float, meter: Mete
     def confidence(times: float) -> float:
         return retained_answers(times * found.logits, gone).max(1).values.mean().item()
 
-    right = retained_answers(found.logits, gone).argmax(1) == found.labels
-    accuracy = right.double().mean().item()
+    accuracy = _right(found, gone).double().mean().item()
     if accuracy - confidence(1.0) <= UNSURE or most <= 1:
         return 1.0
     low, high = 1.0, most
@@ -883,7 +887,7 @@ def _divided(by: float) -> Callable[[nn.Module, Any, Any], Any]:
 WILD = 6.0
 """How many times as far apart as on retained images a model's answers on learned noise may be. Rates and the distilled
 answers are of such noise (measured: 1.5 to 5.4 on ResNet18, All-CNN, MobileNetV2 and a ViT); small networks answer it
-11 to 200 times as far apart, and what they are taught on it drowns what they are taught on images (docs/research/
+11 to 208 times as far apart, and what they are taught on it drowns what they are taught on images (docs/research/
 calibration.md, 16)."""
 
 
