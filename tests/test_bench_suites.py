@@ -74,6 +74,20 @@ def test_the_papers_grid(tmp_path: Path) -> None:
     assert {cell.original.data for cell in cells} == {"cifar10", "cifar100", "yaleb"}
 
 
+def test_on_a_slice_originals_see_few_images_and_methods_a_fifth_of_them() -> None:
+    whole = suite_cells("field", CIFAR)
+    asked = replace(CIFAR, train_per_class=50)
+    few = suite_cells("field", asked)
+    assert [(cell.forget, cell.method, cell.seed) for cell in few] == [(c.forget, c.method, c.seed) for c in whole]
+    assert not {cell.id for cell in few} & {cell.id for cell in whole}
+    for cell in few:
+        assert (cell.original.data, cell.original.per_class, cell.retain_per_class) == ("cifar10-50", 50, 10)
+        assert cell.tuning is None or (cell.tuning.original.per_class, cell.tuning.retain_per_class) == (50, 10)
+    assert len({cell.original for cell in few}) == 3  # one a training seed: shared by cells and searches
+    assert {cell.tuning.original.id for cell in few if cell.tuning} <= {cell.original.id for cell in few}
+    assert "--train-per-class 50" in rerun_bench({"suite": "field", "asked": {"train_per_class": 50}})
+
+
 def test_the_papers_cifar100_is_told_by_its_hundred_classes(tmp_path: Path) -> None:
     features = Features({"img": Image(), "fine_label": ClassLabel(100), "coarse_label": ClassLabel(20)})
     picture = PIL.Image.new("RGB", (4, 4))
@@ -146,6 +160,8 @@ def test_names() -> None:
         ("quick", Request(seeds=0), "expected --seeds of at least 1"),
         ("quick", Request(trials=0), "expected --trials of at least 1"),
         ("paper", CIFAR, "expected a folder cifar100"),
+        ("slice", replace(CIFAR, train_per_class=50), "--train-per-class means nothing to the suite slice"),
+        ("field", replace(CIFAR, train_per_class=4), "expected --train-per-class of at least 5, got 4"),
         ("quick", Request(only=("digit",)), "no cell of the suite quick matches --only digit: .* as in digits-"),
     ],
 )

@@ -245,6 +245,7 @@ def test_methods_that_read_nothing_are_blind_to_pixels(tiny: Tiny, split: Split)
         (ZeroShotGktConfig, "batch_size", 1),
         (ZeroShotGktConfig, "threshold", 0.0),
         (ZeroShotGktConfig, "attention", -1.0),
+        (ZeroShotGktConfig, "precision", "fp16"),
         (ErrorMinMaxConfig, "repeats", 0),
         (ErrorMinMaxConfig, "retain_penalty", -0.1),
         (ErrorMinMaxConfig, "noise_lr", 0.0),

@@ -496,6 +496,14 @@ def bench(
             rich_help_panel="Your own (suites own, analyses)",
         ),
     ] = None,
+    train_per_class: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Train on N images of each class, and give methods a fifth of that (field, paper): hours, not days.",
+            rich_help_panel="What",
+        ),
+    ] = None,
     jobs: Annotated[int, typer.Option(metavar="N", help="Processes, or jobs on a cluster.")] = 1,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", metavar="", help="Do failed cells again.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", metavar="", help="Print the cells, and do nothing.")] = False,
@@ -551,6 +559,7 @@ def bench(
             weights=weights,
             epochs=epochs,
             retain_per_class=retain_per_class,
+            train_per_class=train_per_class,
         )
         if dry_run:
             terminal.show_plan(plan(suite, request, out))

@@ -45,6 +45,7 @@ class Request:
     weights: Path | None = None  # of `own`
     epochs: int | None = None  # of the references of `own`; 0: none are trained
     retain_per_class: int | None = None  # of `own` and `analyses`
+    train_per_class: int | None = None  # of `field` and `paper`; see `_on_a_slice`
 
     def __post_init__(self) -> None:
         once = dict.fromkeys(tuple(dict.fromkeys(one)) for one in self.classes)
@@ -87,6 +88,8 @@ def suite_cells(name: str, request: Request) -> list[Cell]:
         raise InputError(f"expected --seeds of at least 1, got {request.seeds}")
     if request.trials is not None and request.trials < 1:
         raise InputError(f"expected --trials of at least 1, got {request.trials}")
+    if request.train_per_class is not None and request.train_per_class < FIFTH:
+        raise InputError(f"expected --train-per-class of at least {FIFTH}, got {request.train_per_class}")
     cells = suite.make(request)
     chosen = [cell for cell in cells if not request.only or any(fnmatchcase(cell.id, one) for one in request.only)]
     if not chosen:
@@ -147,7 +150,9 @@ def slice_of_cifar10(request: Request) -> list[Cell]:
 def field(request: Request) -> list[Cell]:
     """All methods on CIFAR-10 and ResNet18, each of the ten classes alone."""
     original = _cifar10(request, "torchvision:resnet18")
-    return _grid(request, [original], sets=_each(10), retain_per_class=1000, seeds=3, trials=8, small=False)
+    return _on_a_slice(
+        request, _grid(request, [original], sets=_each(10), retain_per_class=1000, seeds=3, trials=8, small=False)
+    )
 
 
 def paper(request: Request) -> list[Cell]:
@@ -174,7 +179,8 @@ def paper(request: Request) -> list[Cell]:
         model="torchvision:resnet18",
         recipe=replace(TRAIN_DEFAULT, epochs=25, batch_size=64),
     )
-    return cells + _grid(request, [faces], sets=(("12",), _first(10)), retain_per_class=40, **shared)  # type: ignore[arg-type]
+    cells += _grid(request, [faces], sets=(("12",), _first(10)), retain_per_class=40, **shared)  # type: ignore[arg-type]
+    return _on_a_slice(request, cells)
 
 
 def own(request: Request) -> list[Cell]:
@@ -287,6 +293,7 @@ def analysis_points(request: Request) -> dict[str, list[Point]]:
 
 
 BASE = ("classes", "methods", "seeds", "trials", "audits")
+SLICED = (*BASE, "train_per_class")
 
 SUITES: Mapping[str, Suite] = {
     "quick": Suite(quick, "all methods on digits, with tuning; no download; five minutes on two cores"),
@@ -296,8 +303,8 @@ SUITES: Mapping[str, Suite] = {
         ("data",),
         BASE,
     ),
-    "field": Suite(field, "all methods, CIFAR-10, ResNet18, ten classes; needs a GPU or days", ("data",), BASE),
-    "paper": Suite(paper, "the paper's models, class sets and baselines; needs a GPU or days", ("data",), BASE),
+    "field": Suite(field, "all methods, CIFAR-10, ResNet18, ten classes; needs a GPU or days", ("data",), SLICED),
+    "paper": Suite(paper, "the paper's models, class sets and baselines; needs a GPU or days", ("data",), SLICED),
     "own": Suite(
         own,
         "all methods on your weights, your data, your classes",
@@ -383,6 +390,43 @@ def _preset(method: str, original: Original, small: bool) -> str:
     else:
         wanted = original.model.rpartition(":")[2]  # resnet18
     return wanted if wanted in presets else "default"
+
+
+FIFTH = 5
+"""On a slice methods are given one image of so many: as in `field` and `paper`, 1,000 of CIFAR-10's 5,000 a class."""
+
+
+def _on_a_slice(request: Request, cells: list[Cell]) -> list[Cell]:
+    """Return the same cells with originals trained on `request.train_per_class` images a class, where it is given.
+
+    Smaller batches and more epochs, so that so few images still train a network. Names and tables say `cifar10-500`.
+    """
+    count = request.train_per_class
+    if count is None:
+        return cells
+
+    def smaller(original: Original) -> Original:
+        recipe = original.recipe
+        steps = replace(recipe, epochs=max(20, recipe.epochs), batch_size=min(128, recipe.batch_size))
+        return replace(original, data=f"{original.data}-{count}", per_class=count, recipe=steps)
+
+    def given(retain: int | None) -> int:
+        return min(count // FIFTH, retain or count)
+
+    return [
+        replace(
+            cell,
+            original=smaller(cell.original),
+            retain_per_class=given(cell.retain_per_class),
+            tuning=cell.tuning
+            and replace(
+                cell.tuning,
+                original=smaller(cell.tuning.original),
+                retain_per_class=given(cell.tuning.retain_per_class),
+            ),
+        )
+        for cell in cells
+    ]
 
 
 def _cifar10(request: Request, model: str) -> Original:

@@ -46,9 +46,9 @@ from expunge.methods.checks import check_split, count_classes, first_image
 from expunge.methods.common import derived_seed, fresh_copy, noise_objective
 from expunge.methods.registry import Method
 from expunge.randomness import seeded
-from expunge.schema import Split, TrainConfig
+from expunge.schema import Precision, Split, TrainConfig
 from expunge.signals import descend
-from expunge.training import answer, device_of, train
+from expunge.training import answer, device_of, fastest_layout, precision_for, train
 
 PATIENCE = 20
 """Batches of the generator in a row without an image that passes the gate before it goes back to an earlier state; the
@@ -79,6 +79,7 @@ class ZeroShotGktConfig:
     clip_norm: float = 5.0  # gradients of either are clipped to this norm
     noise_size: int = 128  # length of the generator's random vectors
     width: int = 128  # channels in the generator
+    precision: Precision = "auto"  # as in `TrainConfig`; the notebook's is fp32
 
     def __post_init__(self) -> None:
         for name in ("rounds", "generator_steps", "student_steps", "attention_maps", "noise_size"):
@@ -92,6 +93,8 @@ class ZeroShotGktConfig:
                 raise InputError(f"expected a positive {name}, got {getattr(self, name)}")
         if not self.attention >= 0:
             raise InputError(f"expected an attention weight of at least 0, got {self.attention}")
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise InputError(f"expected precision auto, fp32 or bf16, got {self.precision!r}")
 
     @classmethod
     def small(cls) -> ZeroShotGktConfig:
@@ -124,6 +127,7 @@ def zero_shot_gkt(
         transfer = _Transfer(model, student, generator, split.gone, config)
         steps = config.rounds * (config.generator_steps + config.student_steps)
         with (journal or Journal()).phase("distil", steps=steps) as meter:
+            meter.precision = transfer.precision
             transfer.run(meter)
     student.zero_grad()
     return student.eval()
@@ -172,9 +176,16 @@ class _Transfer:
         self.original = copy.deepcopy(original).eval().requires_grad_(False)
         self.student, self.generator, self.closed, self.config = student, generator, closed, config
         self.names = attention_layers(original, config.attention_maps) if config.attention else []
-        trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-        self.student_optimizer = torch.optim.Adam(trained, config.lr)
-        self.generator_optimizer = torch.optim.Adam(generator.parameters(), config.lr)
+        self.trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        self.student_optimizer = torch.optim.Adam(self.trained, config.lr, fused=True)
+        self.generator_optimizer = self._new_optimizer()
+        with torch.no_grad():
+            probe = generator.eval()(torch.zeros(1, config.noise_size, device=device_of(original)))
+        generator.train()
+        self.layout = fastest_layout(student, probe)
+        for other in (self.original, generator):
+            other.to(memory_format=self.layout)
+        self.precision = precision_for(config.precision, student, probe)
         self.snapshots = [copy.deepcopy(generator.state_dict())]
         self.empty = 0  # batches in a row of which nothing passed
         self.learned = False
@@ -199,30 +210,30 @@ class _Transfer:
 
     def _teach_generator(self, noise: Tensor, meter: Meter) -> None:
         """Step towards images on which student and original disagree more."""
-        images = self.generator(noise)
-        answers = answer(self.original, images)
+        images = self._generate(noise)
+        answers = answer(self.original, images, self.precision)
         passed = self._gate(answers)
         if passed is None:
             return
-        loss = -disagreement(answer(self.student, images[passed]), answers[passed])
+        loss = -disagreement(answer(self.student, images[passed], self.precision), answers[passed])
         self._step(loss, self.generator_optimizer, list(self.generator.parameters()))
         meter.step(samples=int(passed.sum()))
 
     def _teach_student(self, noise: Tensor, meter: Meter) -> None:
         """Step towards the original's answers and attention on generated images, which stay the same meanwhile."""
         with torch.no_grad():
-            images = self.generator(noise)
+            images = self._generate(noise)
             with recorded(self.original, self.names) as theirs:
-                answers = answer(self.original, images)
+                answers = answer(self.original, images, self.precision)
         for _ in range(self.config.student_steps):
             passed = self._gate(answers)
             if passed is None:
                 continue
             with recorded(self.student, self.names) as own:
-                logits = answer(self.student, images[passed])
+                logits = answer(self.student, images[passed], self.precision)
             pairs = zip(own, (maps[passed] for maps in theirs), strict=True)
             loss = transfer_loss(logits, answers[passed], list(pairs), self.config.attention)
-            self._step(loss, self.student_optimizer, [p for p in self.student.parameters() if p.requires_grad])
+            self._step(loss, self.student_optimizer, self.trained)
             meter.step(loss=loss.item(), samples=int(passed.sum()))
             self.learned = True
 
@@ -255,8 +266,17 @@ class _Transfer:
         """Put the generator back to its last kept state, and forget that one: it led to where nothing passes."""
         state = self.snapshots.pop() if len(self.snapshots) > 1 else self.snapshots[0]
         self.generator.load_state_dict(state)
-        self.generator_optimizer = torch.optim.Adam(self.generator.parameters(), self.config.lr)
+        self.generator_optimizer = self._new_optimizer()
         self.empty = 0
+
+    def _generate(self, noise: Tensor) -> Tensor:
+        """Return images (N, channels, H, W), float32, for random vectors (N, noise_size)."""
+        with torch.autocast(noise.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            images: Tensor = self.generator(noise)
+        return images.float().contiguous(memory_format=self.layout)
+
+    def _new_optimizer(self) -> torch.optim.Adam:
+        return torch.optim.Adam(self.generator.parameters(), self.config.lr, fused=True)
 
 
 def passes(answers: Tensor, closed: Sequence[int], threshold: float) -> Tensor:
@@ -294,7 +314,7 @@ def attention(maps: Tensor) -> Tensor:
 
     Source: Zagoruyko and Komodakis, arXiv:1612.03928.
     """
-    return F.normalize(maps.square().mean(1).flatten(1))
+    return F.normalize(maps.float().square().mean(1).flatten(1))
 
 
 def attention_layers(model: nn.Module, most: int) -> list[str]:

@@ -42,7 +42,7 @@ def rerun_bench(record: Part) -> str:
     for name in ("methods", "audits", "only", "analysis"):
         if asked.get(name):
             words += _each(f"--{name}", ",".join(asked[name]))
-    for name in ("seeds", "trials", "weights", "model", "epochs", "retain_per_class"):
+    for name in ("seeds", "trials", "weights", "model", "epochs", "retain_per_class", "train_per_class"):
         words += _each(f"--{name.replace('_', '-')}", asked.get(name))
     return shlex.join([*words, *_reading({"options": asked.get("data")}), "--out", "again"])
 
