@@ -102,7 +102,7 @@ def test_broken_metadata(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("prefix", ["", "module.", "model._orig_mod."])
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".ckpt"])
 def test_pickled_state_dict(tmp_path: Path, wrapper: str | None, prefix: str, suffix: str) -> None:
     original, other = network(), network()
@@ -119,7 +119,7 @@ def test_pickle_of_the_old_format(tmp_path: Path) -> None:
     assert_same(original, other)
 
 
-@pytest.mark.parametrize("name", weights.HUB_FILES)
+@pytest.mark.parametrize("name", weights.FOLDER_FILES)
 def test_hub_folder(tmp_path: Path, name: str) -> None:
     original, other = network(), network()
     if name.endswith(".safetensors"):
@@ -131,7 +131,7 @@ def test_hub_folder(tmp_path: Path, name: str) -> None:
 
 
 def test_folder_without_weights(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"expected model\.safetensors or pytorch_model\.bin"):
+    with pytest.raises(InputError, match=r"expected model\.safetensors or .* found none of them"):
         load_weights(tmp_path)
 
 
@@ -265,3 +265,15 @@ def test_a_hub_folder_names_its_classes(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("not json")
     with pytest.raises(InputError, match=r"config\.json"):
         load_weights(tmp_path)
+
+
+def test_a_wrapper_is_told_from_a_part_of_the_model(tmp_path: Path) -> None:
+    original, other = nn.Sequential(OrderedDict(model=network())), nn.Sequential(OrderedDict(model=network()))
+    state = original.state_dict()
+    for name, prefix in (("own", ""), ("wrapped", "model."), ("twice", "module.model.")):
+        torch.save({prefix + key: value for key, value in state.items()}, tmp_path / f"{name}.pt")
+        load_into(tmp_path / f"{name}.pt", other)
+        assert_same(original, other)
+    torch.save({"net." + key: value for key, value in network().state_dict().items()}, tmp_path / "other.pt")
+    with pytest.raises(InputError, match=r"surplus net\."):  # as the file has them
+        load_into(tmp_path / "other.pt", other)

@@ -168,7 +168,11 @@ def train(
 @_command
 def forget(
     weights: Annotated[
-        Path, typer.Option(metavar="W", help="Trained weights: .safetensors, a .pt/.pth state dict, or a hub folder.")
+        Path,
+        typer.Option(
+            metavar="W",
+            help="Trained weights: .safetensors, a .pt/.pth state dict, or a folder with them.",
+        ),
     ],
     data: DataText,
     classes: Annotated[

@@ -65,7 +65,7 @@ from expunge.schema import IMAGES, Phase, Precision, Preprocessing, Record, Spli
 from expunge.signing import SIGNATURE, check_private, sign_folder
 from expunge.training import predict, train
 from expunge.verdict import COSTLY, verdict
-from expunge.weights import Metadata, apply_weights, load_weights, save_weights, weights_content
+from expunge.weights import UNLEARNED, Metadata, apply_weights, load_weights, save_weights, weights_content
 from expunge.workspace import DataOptions, Workspace, align, open_workspace, refuse_idle_columns
 
 TRAIN_DEFAULT = TrainConfig(epochs=12, lr=0.002, optimizer="adamw", weight_decay=0.05, schedule="one_cycle")
@@ -350,7 +350,6 @@ def forget_command(
     return _keep(record, out, files, keep, pictures)
 
 
-UNLEARNED = "unlearned.safetensors"
 OF_RECORD = (RECORD, "report.html", IMAGES, SIGNATURE)
 """Names of what is written with a record, or removed since it was of the one before."""
 

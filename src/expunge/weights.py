@@ -6,7 +6,7 @@ import json
 import pickle
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +21,8 @@ from expunge.files import bytes_writer, write_atomically
 from expunge.schema import Preprocessing
 
 METADATA_KEY = "expunge"  # one JSON text under this key of the safetensors header
-HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+UNLEARNED = "unlearned.safetensors"
+FOLDER_FILES = ("model.safetensors", "pytorch_model.bin", UNLEARNED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +55,15 @@ def weights_content(model: nn.Module, metadata: Metadata) -> bytes:
 
 
 def weights_file(path: Path) -> Path:
-    """Return the file that `load_weights` reads: `path` itself, or the one in a hub folder.
+    """Return the file that `load_weights` reads: `path` itself, or the one in a folder.
 
     Raises:
         InputError: there is none.
     """
     if path.is_dir():
-        found = [path / name for name in HUB_FILES if (path / name).is_file()]
+        found = [path / name for name in FOLDER_FILES if (path / name).is_file()]
         if not found:
-            raise InputError(f"expected {' or '.join(HUB_FILES)} in {str(path)!r}, found neither")
+            raise InputError(f"expected {' or '.join(FOLDER_FILES)} in {str(path)!r}, found none of them")
         return found[0]
     if not path.is_file():
         raise InputError(f"no weights file at {str(path)!r}")
@@ -70,7 +71,7 @@ def weights_file(path: Path) -> Path:
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], Metadata]:
-    """Read a `.safetensors` file, a `.pt`/`.pth`/`.bin`/`.ckpt` state dict, or a hub folder that holds one.
+    """Read a `.safetensors` file, a `.pt`/`.pth`/`.bin`/`.ckpt` state dict, or a hub's or an erasure's folder with one.
 
     Raises:
         InputError: there is no such file, it is no weights file, or it would run code.
@@ -125,6 +126,7 @@ def apply_weights(model: nn.Module, state: Mapping[str, Tensor], name: str) -> N
 def other_width(model: nn.Module, state: Mapping[str, Tensor], num_classes: int) -> int | None:
     """Return the number of outputs that `state` was made for, where that is the one thing that does not fit."""
     own = model.state_dict()
+    state = _unwrapped(state, own)
     differing = {key for key in own if key in state and state[key].shape != own[key].shape}
     widths = {state[key].shape[0] for key in differing if own[key].ndim and own[key].shape[0] == num_classes}
     same_rest = all(own[key].shape[1:] == state[key].shape[1:] for key in differing if state[key].ndim)
@@ -133,6 +135,7 @@ def other_width(model: nn.Module, state: Mapping[str, Tensor], num_classes: int)
 
 def _adapted(model: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Return `state` under the names of `model`: transformers saves some tensors under older names than it uses."""
+    state = _unwrapped(state, model.state_dict())
     if set(state) == set(model.state_dict()) or not hasattr(model, "from_pretrained"):
         return state
     loaded, report = cast(Any, type(model)).from_pretrained(
@@ -140,6 +143,20 @@ def _adapted(model: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tens
     )
     complete = not (report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"])
     return loaded.state_dict() if complete else state
+
+
+def _unwrapped(state: Mapping[str, Tensor], names: Container[str]) -> Mapping[str, Tensor]:
+    """Return `state` without what a wrapper put before all of its names, where some of `names` are left then.
+
+    DataParallel puts `module.` there, torch.compile `_orig_mod.`, a LightningModule the attribute that holds the model.
+    """
+    bare = dict(state)
+    while bare and not any(key in names for key in bare):
+        wrapper = next(iter(bare)).partition(".")[0] + "."
+        if not all(key.startswith(wrapper) for key in bare):
+            return state
+        bare = {key.removeprefix(wrapper): value for key, value in bare.items()}
+    return bare
 
 
 def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], Metadata]:
@@ -202,8 +219,6 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
     tensors = isinstance(content, dict) and content and all(isinstance(v, Tensor) for v in content.values())
     if not tensors:
         raise InputError(f"expected a state dict of tensors in {path}, found {type(content).__name__} of other things")
-    if all(key.startswith("module.") for key in content):
-        content = {key.removeprefix("module."): value for key, value in content.items()}
     return dict(content)
 
 

@@ -94,7 +94,7 @@ def replay_erasure(folder: Path, record: Content, where: Elsewhere, journal: Jou
     differing = [*_surroundings(record, here), *unlike] + ([] if same_code else ["the code"])
     exact = not differing and here["device"] == "cpu"
     recorded = load_weights(folder / "unlearned.safetensors")[0]
-    moved = relative_distance(load_weights(original)[0], recorded)
+    moved = relative_distance(task.workspace.model.state_dict(), recorded)  # in the file names may be others
     share = relative_distance(made, recorded) / moved if moved else math.inf
     told = f"the erasure gives other weights, {share:.2g} of the way that it moved them"
     if exact:
