@@ -16,6 +16,7 @@ import pytest
 from torch import nn
 
 from expunge.bench import lab as lab_module
+from expunge.bench import stale as stale_module
 from expunge.bench.cells import Cell, Item, Original, Tuning, folder_of, with_needs
 from expunge.bench.lab import Lab
 from expunge.bench.records import attempts_of, read
@@ -234,6 +235,8 @@ def test_what_was_done_with_other_values_of_a_preset_is_done_again(
     record = read(folder_of(ssd, out))
     assert record is not None
     assert record["config"]["selection"] == 7.0
+    monkeypatch.setattr(stale_module, "METHODS", {"ssd": replace(METHODS["ssd"], space={"selection": (5.0,)})})
+    assert stale_items(items, out) == {tuning.id, cells[2].id}  # the search, and what took what it found
 
 
 def test_streams_are_shuffled_and_every_run_starts_at_their_first_epoch(

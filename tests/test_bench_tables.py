@@ -49,6 +49,33 @@ def test_the_loss_on_the_others_is_to_the_original_that_may_not_answer_the_class
     assert (place.gone, place.kept) == ("yes", "no")  # .02 below what it answers when it may answer all
 
 
+def test_what_the_original_did_not_know_is_not_called_gone_nor_a_collapse_kept() -> None:
+    said: list[dict[str, Any]] = [{}, {"original_knows": False}, {"collapsed_classes": 1}]
+    for more, answers in zip(said, (("yes", "yes"), ("unknown", "yes"), ("yes", "no")), strict=True):
+        rows = [row("a", 0, 0.97, original_masked_retain_accuracy=0.98, **more)]
+        rows += [row("a", 1, 0.97, original_masked_retain_accuracy=0.98, original_knows=True, collapsed_classes=0)]
+        (place,) = standings(summarize(rows, FIGURES))
+        assert (place.gone, place.kept) == answers
+        assert place.place == (1 if not more else None)
+
+
+def test_a_method_with_fewer_seeds_has_no_place() -> None:
+    rows = [row(name, seed, 0.97, original_masked_retain_accuracy=0.98) for name in "ab" for seed in range(3)]
+    failed = [{**one, "status": "failed"} if one["id"] == "b-2" else one for one in rows]
+    places = {one.summary.method: one.place for one in standings(summarize(failed, FIGURES))}
+    assert places == {"a": 1, "b": None}
+
+
+def test_what_one_set_of_classes_alone_has_is_not_that_of_all() -> None:
+    rows = [row("a", seed, 0.9, forget=forget) for seed in (0, 1) for forget in "35"]
+    rows[0] = {**rows[0], "flops": 7, "peak_memory_bytes": 1}
+    rows[1] = {**rows[1], "peak_memory_bytes": 3}
+    found = {one.forget: one.figures for one in summarize(rows, FIGURES)}
+    assert found["3"]["flops"].value == 7
+    assert "flops" not in found["all"]
+    assert found["all"]["peak_memory_bytes"].value == 2
+
+
 def test_mean_and_interval_by_hand() -> None:
     (one,) = summarize([row("a", seed, retain) for seed, retain in enumerate((0.90, 0.92, 0.97))])
     found = one.figures["retain_accuracy"]

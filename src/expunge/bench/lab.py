@@ -179,6 +179,7 @@ class Lab:
         content: dict[str, Any] = as_json(found)
         return content | {
             "config": stated_config(tuning.method, tuning.preset, ()),
+            "space": as_json(METHODS[tuning.method].space),
             "sizes": sizes,
             "environment": environment(workspace.model),
         }

@@ -15,10 +15,11 @@ Answer = Literal["yes", "no", "unknown"]
 RULE = (
     f"In front are those whose mean accuracy on the forgotten classes is at most {100 * GOAL_FORGET:g} % and whose "
     f"mean accuracy on the others is no more than {100 * GOAL_RETAIN_DROP:g} points below the original's, "
-    "where that may not answer the forgotten classes either. Among them, "
+    "where that may not answer the forgotten classes either, with more than half left of every other class in every "
+    "cell. Among them, "
     "more accuracy on the others is better: a place is one more than the number of those whose whole 95 % interval "
-    "lies above one's own, so those that the seeds do not tell apart share it. Controls, and those that miss a goal, "
-    "have no place."
+    "lies above one's own, so those that the seeds do not tell apart share it. Controls, those that miss a goal, and "
+    "those with fewer seeds than others (their cells failed, or were not run) have no place."
 )
 
 
@@ -37,8 +38,12 @@ FIGURES = (
     Figure("seconds", "seconds", column("seconds")),
     Figure("flops", "FLOPs", column("flops")),
     Figure("peak_memory_bytes", "peak memory", column("peak_memory_bytes")),
+    Figure("unknown", "original does not know the classes", lambda row: float(row["original_knows"] is False)),
+    Figure(
+        "collapsed", "other classes of which less than half is left", lambda row: float(row["collapsed_classes"] or 0)
+    ),
 )
-"""What the leaderboard tells of each method: shares in [0, 1], seconds, bytes."""
+"""What the leaderboard tells of each method: shares in [0, 1], seconds, bytes, counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +51,7 @@ class Standing:
     """A method's place among those run on the same data, model and classes."""
 
     summary: Summary  # of FIGURES
-    gone: Answer  # the mean meets the goal; unknown: there are no held-out images
+    gone: Answer  # the mean meets the goal; unknown: no held-out images, or classes that the original did not know
     kept: Answer
     told: bool  # the intervals lie on one side of both goals
     place: int | None = None
@@ -60,7 +65,12 @@ def standings(group: Sequence[Summary]) -> list[Standing]:
     Those that miss a goal come after those with a place, first those that keep too little, and the controls last.
     """
     judged = [_judged(one) for one in group]
-    front = [one for one in judged if one.gone == one.kept == "yes" and one.summary.method not in CONTROLS]
+    most = max((one.summary.seeds for one in judged), default=0)
+    front = [
+        one
+        for one in judged
+        if one.gone == one.kept == "yes" and one.summary.method not in CONTROLS and one.summary.seeds == most
+    ]
     first = _first(front)
     placed = [
         replace(
@@ -92,7 +102,12 @@ def _judged(one: Summary) -> Standing:
         found = one.figures.get(name)
         answers.append("unknown" if found is None else "yes" if found.value <= goal + ROUNDING else "no")
         told &= found is not None and (found.high <= goal + ROUNDING or found.low > goal + ROUNDING)
-    return Standing(summary=one, gone=answers[0], kept=answers[1], told=told)
+    gone, kept = answers
+    if gone == "yes" and _mean(one, "unknown") > 0:
+        gone = "unknown"
+    if kept == "yes" and _mean(one, "collapsed") > 0:
+        kept = "no"
+    return Standing(summary=one, gone=gone, kept=kept, told=told)
 
 
 def _place(one: Standing, front: Sequence[Standing]) -> int:

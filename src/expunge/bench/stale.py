@@ -11,7 +11,7 @@ from expunge.bench.cells import Cell, Item, Tuning, folder_of
 from expunge.bench.records import attempts_of, finite, read
 from expunge.config import as_json, override
 from expunge.errors import InputError
-from expunge.methods import PRESETS
+from expunge.methods import METHODS, PRESETS
 
 
 def stated_config(method: str, preset: str, settings: Sequence[str]) -> dict[str, Any]:
@@ -54,6 +54,8 @@ def _differs(item: Item, done: Mapping[str, Mapping[str, Any]]) -> bool:
         return False
     if "config" not in record:
         return False
+    if isinstance(item, Tuning) and "space" in record and record["space"] != as_json(METHODS[item.method].space):
+        return True
     settings = item.settings if isinstance(item, Cell) else ()
     if isinstance(item, Cell) and item.tuning is not None:
         if item.tuning.id not in done:

@@ -18,8 +18,10 @@ import torch
 from expunge.bench.cells import Cell, folder_of, model_name
 from expunge.bench.records import read
 from expunge.bench.suites import CONTROLS
+from expunge.evaluation import hardly_known
 from expunge.methods import METHODS
 from expunge.metrics import Interval, mean_interval
+from expunge.verdict import collapsed
 
 Row = Mapping[str, Any]
 
@@ -35,6 +37,7 @@ COLUMNS: Mapping[str, Any] = {
     "original_forget_accuracy": REAL, "original_retain_accuracy": REAL, "original_masked_retain_accuracy": REAL,
     "retrained_forget_accuracy": REAL, "retrained_retain_accuracy": REAL,
     "forget_accuracy": REAL, "retain_accuracy": REAL, "masked_retain_accuracy": REAL, "false_forget_rate": REAL,
+    "original_knows": TRUTH, "collapsed_classes": WHOLE,
     "forget_gap": REAL, "retain_gap": REAL, "tug_of_war": REAL, "activation_distance": REAL,
     "zero_retrain_forgetting": REAL, "weight_distance_to_retrained": REAL,
     "original_linear_probe": REAL, "retrained_linear_probe": REAL, "linear_probe": REAL, "linear_probe_gap": REAL,
@@ -94,6 +97,11 @@ def row_of(cell: Cell, record: Mapping[str, Any], out: Path) -> Row:
     row |= {name: after[name] for name in ("masked_retain_accuracy", "false_forget_rate")}
     row |= {
         f"original_{name}": before[name] for name in ("forget_accuracy", "retain_accuracy", "masked_retain_accuracy")
+    }
+    row |= {
+        "original_knows": before["forget_accuracy"] is not None
+        and not hardly_known(before, record["classes"]["forget"]),
+        "collapsed_classes": len(collapsed(record["metrics"])),
     }
     if probes is not None:  # None: the data has no images of the classes
         for name in ("linear_probe", "nearest_class_mean"):
@@ -289,9 +297,9 @@ def _summary(rows: Sequence[Row], forget: str, num_sets: int, asked: Sequence[Fi
     whole = [group for group in by_seed.values() if len({row["forget"] for row in group}) == num_sets]
     figures: dict[str, Interval] = {}
     for figure in asked:
-        values = [
-            fmean(found) for group in whole if (found := [v for row in group if (v := figure.of(row)) is not None])
-        ]
+        found = [[value for row in group if (value := figure.of(row)) is not None] for group in whole]
+        # what was measured of one set alone is not that of all
+        values = [fmean(each) for each in found if each and (num_sets == 1 or len(each) >= num_sets)]
         if values:
             figures[figure.name] = mean_interval((torch.tensor(values, dtype=torch.float64),))
     return Summary(

@@ -8,7 +8,7 @@ from torch import nn
 
 from expunge.journal import Journal
 from expunge.methods.checks import check_split
-from expunge.methods.common import fresh_copy
+from expunge.methods.common import derived_seed, fresh_copy
 from expunge.methods.registry import Method
 from expunge.schema import Split
 
@@ -33,7 +33,7 @@ def random_init(
     """
     check_split(model, split, reads=METHOD.reads)
     with (journal or Journal()).phase("initialize", steps=None):
-        return fresh_copy(model, seed=seed)
+        return fresh_copy(model, seed=derived_seed(seed, 0))
 
 
 METHOD = Method(

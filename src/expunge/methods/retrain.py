@@ -2,6 +2,10 @@
 
 Published codes often reset the head alone and go on from features that saw the class; here nothing is left over, the
 statistics of normalization layers included.
+
+Each layer draws its weights as its torch class does, not as a network's constructor may (ResNet, MobileNetV2 and ViT of
+torchvision and timm have their own draws): a model that is handed over does not say how it was built. Nor from the seed
+itself: with that an All-CNN began at the very weights that a reference trained by the same seed began at.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from torch import nn
 
 from expunge.journal import Journal
 from expunge.methods.checks import check_split
-from expunge.methods.common import fresh_copy
+from expunge.methods.common import derived_seed, fresh_copy
 from expunge.methods.registry import Method
 from expunge.schema import Split, TrainConfig
 from expunge.training import train
@@ -59,12 +63,12 @@ def retrain(
     """
     config = config or RetrainConfig()
     check_split(model, split, reads=METHOD.reads)
-    retrained = fresh_copy(model, seed=seed)
+    retrained = fresh_copy(model, seed=derived_seed(seed, 0))
     train(
         retrained,
         split.retain,
         config.training,
-        seed=seed,
+        seed=derived_seed(seed, 1),
         preprocessing=split.preprocessing,
         journal=journal,
         phase="train",
