@@ -63,9 +63,19 @@ def test_every_preset_is_documented() -> None:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(path: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
-        if not target.startswith("http"):
-            assert (path.parent / target).exists(), f"{path.name} links to {target}"
+    for target, _, anchor in re.findall(r"\]\(([^)#]*)(#([^)]+))?\)", path.read_text(encoding="utf-8")):
+        if target.startswith("http"):
+            continue
+        other = path.parent / target if target else path
+        assert other.exists(), f"{path.name} links to {target}"
+        if anchor:
+            assert anchor in anchors(other), f"{path.name} links to {target}#{anchor}"
+
+
+def anchors(path: Path) -> list[str]:
+    """Return what headings are linked by, as GitHub makes it of them."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
 def test_every_browser_test_is_listed() -> None:
