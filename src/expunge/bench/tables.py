@@ -101,7 +101,8 @@ def row_of(cell: Cell, record: Mapping[str, Any], out: Path) -> Row:
     row |= {
         "original_knows": before["forget_accuracy"] is not None
         and not hardly_known(before, record["classes"]["forget"]),
-        "collapsed_classes": len(collapsed(record["metrics"])),
+        # earlier versions did not record what it is told by
+        "collapsed_classes": len(collapsed(record["metrics"])) if "masked_per_class_intervals" in before else None,
     }
     if probes is not None:  # None: the data has no images of the classes
         for name in ("linear_probe", "nearest_class_mean"):
