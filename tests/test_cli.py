@@ -5,6 +5,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -178,7 +179,8 @@ def test_a_calibrated_run_tells_what_it_found(tmp_path: Path, trained: Trained) 
     change = 100 * (record["metrics"]["after"]["retain_accuracy"] - known)
     assert f"({change:+.1f} points to the original's {100 * known:.1f}% where it may not answer" in told
     for trial in found["trials"]:
-        assert f"{trial['rate']:.3g} ({trial['outcome']} after {trial['steps']} steps)" in told
+        came = {"left": "some left for repair"}.get(trial["outcome"], trial["outcome"])
+        assert f"{trial['rate']:.3g} ({came} after {trial['steps']} steps)" in told
     assert "impair: " in result.stderr
     assert "still called: retained" in result.stderr
     assert record["samples_read"]["method"]["3"] == 0
@@ -314,6 +316,30 @@ def test_dropping_forgotten_images_is_counted(tmp_path: Path, trained: Trained) 
     assert record["data"]["dropped_forgotten"] == 3
     assert record["data"]["retain_samples"] == 27
     assert record["samples_read"]["method"]["3"] == 0
+
+
+def test_held_out_images_in_a_retain_sample_are_a_note(tmp_path: Path, trained: Trained) -> None:
+    data = write_digits(tmp_path / "data", range(10), each=6)
+    shutil.copytree(data, tmp_path / "copy")
+    for retain, told in ((tmp_path / "data" / ".." / "data", False), (tmp_path / "copy", True)):
+        out = tmp_path / f"out-{told}"
+        words = trained.arguments(out, "--retain", f"{retain}/", "--drop-forgotten", "--quiet", source=str(data))
+        assert invoke(*words).exit_code in (0, 1)
+        found = [note for note in record_of(out)["notes"] if "held-out images are in the retain sample too" in note]
+        assert bool(found) == told
+        assert record_of(out)["data"]["retain_samples"] == (54 if told else 45)
+
+
+def test_the_weights_that_are_read_are_not_written_over(tmp_path: Path, trained: Trained) -> None:
+    first = tmp_path / "first"
+    first.mkdir()
+    shutil.copy(trained.weights, first / "unlearned.safetensors")
+    words = trained.arguments(first, "--overwrite")
+    words[words.index("--weights") + 1] = str(first)
+    result = invoke(*words)
+    assert result.exit_code == 2
+    assert "is what would be written over" in result.stderr
+    assert (first / "unlearned.safetensors").read_bytes() == trained.weights.read_bytes()
 
 
 def test_a_class_without_retained_images_is_a_note(tmp_path: Path, trained: Trained) -> None:

@@ -44,6 +44,7 @@ from expunge.data import (
 )
 from expunge.errors import InputError
 from expunge.schema import Preprocessing
+from expunge.workspace import DataOptions, align, open_workspace
 
 CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
 ANIMALS = ("bird", "cat", "dog", "frog")
@@ -191,6 +192,35 @@ def test_folders_without_test_lose_a_fifth_of_each_class(tmp_path: Path) -> None
     assert again.rows.tolist() == test.rows.tolist()
 
 
+def test_images_of_any_usual_ending_are_taken(tmp_path: Path) -> None:
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    assert set(IMG_EXTENSIONS) <= set(data.IMAGE_ENDINGS)
+    write_folders(tmp_path, {"cat": 2, "dog": 1, "owl": 0})
+    Image.new("RGB", (4, 4), (9, 0, 0)).save(tmp_path / "cat" / "3.gif")
+    Image.new("RGB", (4, 4), (200, 0, 0)).save(tmp_path / "owl" / "0.JFIF")
+    source = open_source(str(tmp_path))
+    assert source.train.labels.tolist() == [0, 0, 0, 1, 2]
+    assert reds(source.train)[:4] == [0, 1, 9, 0]
+    assert source.notes == ()
+
+
+def test_files_in_class_folders_that_are_no_images_are_counted(tmp_path: Path) -> None:
+    write_folders(tmp_path / "train", {"cat": 1, "dog": 5})
+    write_folders(tmp_path / "test", {"cat": 1})
+    for name in ("train/cat/a.HEIC", "test/cat/b.heic", "train/dog/Mr. John Smith", "train/dog/.hidden", "train/c.txt"):
+        (tmp_path / name).write_text("no image")
+    told = "left out 3 files that are no images by their ending (.heic, another)"
+    assert open_source(str(tmp_path)).notes == (told,)
+    options = DataOptions(spec=str(tmp_path), size=(32, 32))
+    assert told in open_workspace(options, "allcnn", None, seed=0, device="cpu").notes
+    for path in tmp_path.rglob("train/*/*.png"):
+        path.unlink()
+    with pytest.raises(InputError, match="found none; left out 3 files"):
+        open_source(str(tmp_path))
+    assert data._no_images([Path("a.txt")]) == ("left out 1 file that is no image by its ending (.txt)",)
+
+
 @pytest.mark.parametrize("counts", [{}, {"cat": 0, "dog": 0}])
 def test_folder_without_images_is_refused(tmp_path: Path, counts: dict[str, int]) -> None:
     write_folders(tmp_path, counts)
@@ -251,6 +281,21 @@ def test_parquet_plain_integer_labels(tmp_path: Path) -> None:
     assert source.class_names == ("0", "1", "2")
     assert not source.named
     assert reds(source.train) == [5, 6]
+
+
+@pytest.mark.parametrize(("lowest", "absent"), [(0, None), (1, "class 0 has"), (2, "classes 0 to 1 have")])
+def test_labels_that_nothing_names_and_that_do_not_begin_at_0(tmp_path: Path, lowest: int, absent: str | None) -> None:
+    write_parquet(tmp_path / "train.parquet", {"image": [png(5), png(6)], "label": [lowest, 4]})
+    source, told = align(open_source(str(tmp_path)), None)
+    assert source.train.labels.tolist() == [lowest, 4]
+    assert len(told) == (absent is not None)
+    for note in told:
+        assert note.startswith(f"labels run from {lowest} to 4 and are taken as they are, so that {absent} no image")
+    named, told = align(source, (*ANIMALS, "owl"))  # images of a class may have been deleted
+    assert (named.class_names, named.train.labels.tolist(), told) == ((*ANIMALS, "owl"), [lowest, 4], [])
+    hint = ": number them from 0" if lowest else "$"
+    with pytest.raises(InputError, match=f"expected labels 0 to 3 for the 4 classes .*, found {lowest} to 4{hint}"):
+        align(source, ANIMALS)
 
 
 def test_parquet_text_labels(tmp_path: Path) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from conftest import Tiny
 from expunge.data import TensorImages, draw, open_source, stage, with_test_split
@@ -201,6 +203,33 @@ def test_methods_refuse_bad_splits(name: str, tiny: Tiny, split: Split) -> None:
     for message, given in bad.items():
         with pytest.raises(InputError, match=message):
             METHODS[name](tiny.model, given, PRESETS[name][CASES[name].preset](), seed=0)
+
+
+def test_what_is_no_dataset_of_images_and_labels_is_told(tiny: Tiny) -> None:
+    split, images = tiny.split.zero_glance(), torch.zeros(20, 1, 8, 8)
+    hot = TensorDataset(images, torch.eye(10).repeat(2, 1))
+    named: Any = [{"image": images[0], "label": 0}] * 20
+    for message, retain in {
+        "got a DataLoader: hand in its dataset": DataLoader(split.retain),
+        r"expected samples \(image, label\) to retain, got a dict": named,
+        r"expected samples \(image, label\) to retain, got a tuple of 3": TensorDataset(images, images, images),
+        r"labels that are class indices, got a tensor of \(10,\)": hot,
+    }.items():
+        with pytest.raises(InputError, match=message):
+            check_split(tiny.model, replace(split, retain=retain), reads=("retain",))
+
+
+def test_models_whose_copies_cannot_be_changed_are_told(tiny: Tiny) -> None:
+    split = tiny.split.zero_glance()
+    with warnings.catch_warnings(action="ignore"):  # torch calls it deprecated; users have such files
+        traced: Any = cast(Any, torch.jit).trace(tiny.model, torch.zeros(1, 1, 8, 8))
+    compiled: Any = torch.compile(tiny.model, backend="eager")
+    with pytest.raises(InputError, match="TorchScript"):
+        check_split(traced, split, reads=("retain",))
+    with pytest.raises(InputError, match="not compiled"):
+        check_split(compiled, split, reads=("retain",))
+    with torch.no_grad(), pytest.raises(InputError, match="gradients"):
+        check_split(tiny.model, split, reads=("retain",))
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -145,6 +146,28 @@ def test_a_damaged_signature(signed: Path, keys: Path, content: bytes) -> None:
     assert (code, told[0].startswith(f"{SIGNATURE} is not what the key signed")) == (1, True)
 
 
+def test_what_is_no_signature_is_said_without_a_key(signed: Path) -> None:
+    path = signed / SIGNATURE
+    bundle = json.loads(path.read_text())
+    for content in (b"", b"{", b"[" * 100_000, b'{"dsseEnvelope": {}}', b"\xff"):
+        path.write_bytes(content)
+        told = [f"{SIGNATURE} is no signature: it was damaged, or is something else"]
+        assert verified(signed) == (1, told), content[:20]
+    bundle["verificationMaterial"]["publicKey"]["hint"] = None
+    path.write_text(json.dumps(bundle))
+    code, told = verified(signed)
+    assert (code, told[0].endswith(", the signature is by a key that it does not name")) == (1, True)
+    edit(signed, lambda record: record["provenance"].update(signer=None), hash_anew=True)
+    told = ["there is one, by a key that it does not name: not checked without --key"]
+    assert verified(signed) == (0, told)
+
+
+def test_the_private_key_does_not_verify(signed: Path, keys: Path) -> None:
+    for name in ("mine.pem", "locked.pem"):
+        told = f"expected the public key to verify with, got the private one: {keys / name}"
+        refuse(told, None, "verify", str(signed), "--key", str(keys / name))
+
+
 def test_a_new_run_does_not_keep_an_old_signature(signed: Path, trained: Trained) -> None:
     words = trained.arguments(signed, "--quiet", "--no-ledger", "--retain-per-class", "20")
     before = (signed / SIGNATURE).read_bytes()
@@ -172,6 +195,21 @@ def test_what_does_not_match_is_not_signed(signed: Path, keys: Path) -> None:
     flip(signed / "unlearned.safetensors", -1)
     refuse("will not sign", None, "sign", str(signed), "--key", str(keys / "mine.pem"))
     assert (signed / SIGNATURE).read_bytes() == before
+
+
+@pytest.mark.parametrize("part", ["weights", "files", "kind"])
+def test_a_record_that_lacks_a_part_is_not_signed(signed: Path, keys: Path, part: str) -> None:
+    def strip(record: dict[str, Any]) -> None:
+        if part == "weights":
+            record["provenance"]["weights"]["unlearned"] = None
+        elif part == "files":
+            record["provenance"]["files"] = None
+        else:
+            del record["provenance"][part]
+
+    edit(signed, strip, hash_anew=True)
+    told = f"will not sign {signed}: record.json lacks a part that expunge writes ("
+    refuse(told, None, "sign", str(signed), "--key", str(keys / "mine.pem"))
 
 
 def test_a_key_that_cannot_sign_is_refused_before_the_work(tmp_path: Path, trained: Trained, keys: Path) -> None:

@@ -25,8 +25,9 @@ from expunge.files import json_text
 from expunge.methods import PRESETS
 from expunge.models import AllCNN
 from expunge.provenance import SAMPLE, SampleHashes, seal, tensors_digest, weights_digests
-from expunge.schema import Preprocessing, Record
-from expunge.verify import Elsewhere, Finding, again, place
+from expunge.report import html_report
+from expunge.schema import IMAGES, Preprocessing, Record
+from expunge.verify import Elsewhere, Finding, again, files, place
 from expunge.verify.again import relative_distance
 from expunge.workspace import DataOptions
 from test_cli import SETTINGS, Trained, assert_refused, invoke, record_of, refuse, trained, write_digits
@@ -102,10 +103,13 @@ def erased(tmp_path: Path, made: Path, trained: Trained) -> Erased:
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], None], *, hash_anew: bool = False) -> None:
-    """Change a record, and make its own hashes true again where the forger knows how."""
+    """Change a record, and make its own hashes and its page true again where the forger knows how."""
     record = record_of(folder)
     change(record)
-    (folder / "record.json").write_text(json_text(seal(record) if hash_anew else record), encoding="utf-8")
+    record = seal(record) if hash_anew else record
+    (folder / "record.json").write_text(json_text(record), encoding="utf-8")
+    if hash_anew:
+        (folder / "report.html").write_text(html_report(record), encoding="utf-8")
 
 
 def flip(path: Path, position: int) -> None:
@@ -126,6 +130,7 @@ def test_a_record_is_verified_replayed_bit_for_bit_and_measured_again(erased: Er
         assert int(found["measures"][0].sentence.split()[0].replace(",", "")) > 100
         assert found["chain"][0].sentence.startswith(parents)
         assert found["ledger"][0].ok
+        assert found["page"] == [Finding("page", True, "report.html is what record.json gives")]
         assert found["signature"][0] == Finding("signature", None, "not signed: who recorded this cannot be told")
     assert [len(erased.check(one)["weights"]) for one in (erased.first, erased.second)] == [3, 2]
 
@@ -182,6 +187,7 @@ def test_an_audit_is_verified_and_measured_again(erased: Erased, tmp_path: Path)
     assert not [one for findings in found.values() for one in findings if one.ok is False]
     assert "1 earlier record follows" in found["chain"][0].sentence
     assert found["measures"][0].ok
+    assert found["page"][0].ok
     assert [one.ok for one in found["weights"]] == [True, True]
     with pytest.raises(InputError, match="an audit erases nothing"):
         erased.check(out, replay=True)
@@ -429,6 +435,66 @@ def test_the_retain_sample_changed(erased: Erased) -> None:
     assert [one.ok for one in found["retain sample"]] == [None]
 
 
+def forge(folder: Path) -> None:
+    path = folder / "report.html"
+    before = path.read_text(encoding="utf-8")
+    path.write_text(before.replace("unknown", "yes"), encoding="utf-8")
+    assert path.read_text(encoding="utf-8") != before
+
+
+def test_a_forged_page(erased: Erased, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = erased.first / "report.html"
+    forge(erased.first)
+    told = "page: report.html is not what record.json gives: make it again with expunge report"
+    assert erased.wrong(erased.first) == [told]
+    assert invoke("report", str(erased.first)).exit_code == 0
+    assert erased.check(erased.first)["page"][0].ok
+    path.write_bytes(path.read_bytes() + b" ")
+    assert erased.wrong(erased.first) == [told]
+    here = provenance.code_digests()
+    monkeypatch.setattr(files, "code_digests", lambda: here | {"source": "0" * 64})
+    (found,) = erased.check(erased.first)["page"]
+    assert (found.ok, "made by other code; expunge report makes it again" in found.sentence) == (None, True)
+    path.unlink()
+    (found,) = erased.check(erased.first)["page"]
+    assert (found.ok, found.sentence) == (None, "report.html is not here: expunge report makes it")
+
+
+def test_a_page_with_pictures_or_of_an_edited_record(trained: Trained, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    keep = RecordOptions(include_images=True)
+    forget(trained, trained.weights, "3", out, keep=keep, retain=RetainOptions(per_class=20))
+
+    def page() -> Finding:
+        (found,) = [one for one in verify.verify(out) if one.check == "page"]
+        return found
+
+    assert page().ok  # with its pictures
+    shown = (out / "report.html").read_bytes()
+    assert invoke("report", str(out)).exit_code == 0
+    assert (out / "report.html").read_bytes() != shown
+    assert page().ok  # and without
+    forge(out)
+    assert page().ok is False
+    (out / "report.html").write_bytes(shown)
+    (out / IMAGES).unlink()
+    told = f"report.html was not checked: it may show pictures, and {IMAGES} does not give them"
+    assert page() == Finding("page", None, told)
+    edit(out, lambda record: record.update(seed=5))
+    assert page() == Finding("page", None, "report.html was not checked: record.json was edited")
+    assert invoke("report", str(out)).exit_code == 1
+    assert page().ok  # which says so itself
+
+
+def test_a_page_that_cannot_be_made_is_one_line(erased: Erased, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Any) -> str:
+        raise IndexError("no such part")
+
+    monkeypatch.setattr(files, "html_report", fail)
+    told = "page: report.html cannot be compared: record.json gives no page (no such part)"
+    assert erased.wrong(erased.first) == [told]
+
+
 def test_the_configuration_changed(erased: Erased) -> None:
     def other(record: dict[str, Any]) -> None:
         record["config"]["settings"] = ["noise_per_class=8"]
@@ -570,6 +636,16 @@ def test_a_record_hashed_anew_without_parts_is_no_traceback(erased: Erased) -> N
 
     edit(erased.first, strip, hash_anew=True)
     assert "record: record.json lacks a part that expunge writes" in erased.wrong(erased.first)[0]
+
+    def outnumber(record: dict[str, Any]) -> None:  # as many paths as hashes are expected
+        record["provenance"] |= {"kind": "audit", "weights": weights | {"retrained": []}}
+        record["model"] |= {"original": "a", "unlearned": "b", "retrained": ["c"]}
+
+    weights = record_of(erased.second)["provenance"]["weights"]
+    edit(erased.second, outnumber, hash_anew=True)
+    assert "record: record.json lacks a part that expunge writes" in erased.wrong(erased.second)[0]
+    edit(erased.second, lambda record: record.update(data=None))
+    assert erased.wrong(erased.second)[0].startswith("record: ")
 
 
 # Hashes, on their own

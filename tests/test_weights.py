@@ -157,6 +157,23 @@ def test_weights_that_do_not_fit(change: Any, message: str) -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_what_old_and_foreign_checkpoints_look_like(tmp_path: Path) -> None:
+    original, other = (nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)) for _ in range(2))
+    state = {key: value for key, value in original.state_dict().items() if not key.endswith("num_batches_tracked")}
+    torch.save({"net": state, "acc": 93.1, "epoch": 3}, tmp_path / "named.pt")
+    load_into(tmp_path / "named.pt", other)
+    assert_same(original, other)
+    torch.save({"net": state, "ema": state}, tmp_path / "two.pt")
+    with pytest.raises(InputError, match=r"found a dict of net, ema: save model\.state_dict\(\) alone"):
+        load_weights(tmp_path / "two.pt")
+
+
+def test_lazy_layers_have_no_shape_to_load_into(tmp_path: Path) -> None:
+    torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "w.pt")
+    with pytest.raises(InputError, match="lazy layers"):
+        load_into(tmp_path / "w.pt", nn.LazyLinear(2))
+
+
 class Bomb:
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -262,6 +279,7 @@ def test_a_hub_folder_names_its_classes(tmp_path: Path) -> None:
     ):
         (tmp_path / "config.json").write_text(json.dumps(content))
         assert load_weights(tmp_path)[1].class_names == names
+        assert load_weights(tmp_path / "model.safetensors")[1].class_names == names  # the file named itself
     (tmp_path / "config.json").write_text("not json")
     with pytest.raises(InputError, match=r"config\.json"):
         load_weights(tmp_path)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Subset
 
 from expunge import __version__
@@ -54,6 +55,7 @@ from expunge.provenance import (
     hash_samples,
     new_salt,
     parent_of,
+    sample_hash,
     seal,
     signed_names,
     tensors_digest,
@@ -65,7 +67,15 @@ from expunge.schema import IMAGES, Phase, Precision, Preprocessing, Record, Spli
 from expunge.signing import SIGNATURE, check_private, sign_folder
 from expunge.training import predict, train
 from expunge.verdict import COSTLY, verdict
-from expunge.weights import UNLEARNED, Metadata, apply_weights, load_weights, save_weights, weights_content
+from expunge.weights import (
+    UNLEARNED,
+    Metadata,
+    apply_weights,
+    load_weights,
+    save_weights,
+    weights_content,
+    weights_file,
+)
 from expunge.workspace import DataOptions, Workspace, align, open_workspace, refuse_idle_columns
 
 TRAIN_DEFAULT = TrainConfig(epochs=12, lr=0.002, optimizer="adamw", weight_decay=0.05, schedule="one_cycle")
@@ -267,6 +277,9 @@ def forget_command(
             raise InputError(f"{method} trains nothing that could be done in {precision}: leave --precision out")
         settings = [*settings, *changes]
     check_place([out / name for name in (*OF_RECORD, UNLEARNED, SAMPLE)], overwrite)
+    for given in (weights, retrained):
+        if given is not None and weights_file(given).resolve() == (out / UNLEARNED).resolve():
+            raise InputError(f"{given} is what would be written over: name another --out, and what was there is kept")
     _check_kind(out, "forget")
     signer = keep.signer() if ranks().first else None
     before = weights_digests(weights)
@@ -279,6 +292,9 @@ def forget_command(
     names = workspace.class_names
     with journal.phase("read held-out images", steps=None):
         test = _held_out(workspace, data)  # those of forgotten classes among them; the method is not handed it
+    if retain.source is not None:
+        held: Any = test.dataset
+        notes += _seen_and_measured(task.samples, held)
     done = erase(task, journal=journal)
     record = evaluate(
         workspace.model,
@@ -422,7 +438,8 @@ def prepare(
     if len(workspace.test) == 0:
         raise InputError("expected held-out images to measure on, found none: add a test split, or more images a class")
 
-    table, dropped = _retain_table(workspace, data, retain, gone)
+    table, dropped, said = _retain_table(workspace, data, retain, gone)
+    notes += said
     sample = draw(table, per_class=retain.per_class, share=retain.share, seed=seed)
     if dropped:
         notes.append(f"dropped {dropped:,} images of forgotten classes from the retain sample, unread")
@@ -1036,21 +1053,35 @@ def _preset(method: str, preset: str) -> Any:
     return presets[preset]()
 
 
+def _same_place(one: str, other: str) -> bool:
+    """Return whether two sources are one, however they are spelled."""
+    return one == other or (Path(one).exists() and Path(one).resolve() == Path(other).resolve())
+
+
+def _seen_and_measured(samples: SampleHashes, test: Iterable[tuple[Tensor, int]]) -> list[str]:
+    """Return a note where held-out images are in a retain sample of somebody's own."""
+    held = Counter(sample_hash(samples.salt, image, int(label)) for image, label in test)
+    both = (held & Counter(samples.hashes)).total()
+    told = f"{both:,} of {held.total():,} held-out images are in the retain sample too: of the rest they tell too much"
+    return [told] if both else []
+
+
 def _retain_table(
     workspace: Workspace, data: DataOptions, retain: RetainOptions, gone: set[int]
-) -> tuple[ImageTable, int]:
-    """Return the images a retain sample may be drawn from, and how many of a forgotten class were dropped.
+) -> tuple[ImageTable, int, list[str]]:
+    """Return the images a retain sample may be drawn from, how many of a forgotten class were dropped, and notes.
 
     From the data's train split, rows of forgotten classes are never drawn. A retain source of its own is a statement
     that it has none: one that has is refused, unless told to drop them.
     """
     if retain.source is None:
         refuse_idle_columns(data, workspace.source)
-        return without(workspace.source.train, gone), 0
-    source = workspace.source  # whose held-out images are cut off
-    if retain.source != data.spec:
+        return without(workspace.source.train, gone), 0, []
+    source, notes = workspace.source, list[str]()  # whose held-out images are cut off
+    if not _same_place(retain.source, data.spec):
         source = open_source(retain.source, label_column=data.label_column, image_column=data.image_column)
-        source, _ = align(source, workspace.class_names)
+        source, notes = align(source, workspace.class_names)
+        notes = [f"of {retain.source}: {note}" for note in (*source.notes, *notes)]
     refuse_idle_columns(data, workspace.source, source)
     clean = without(source.train, gone)
     dropped = len(source.train) - len(clean)
@@ -1060,7 +1091,7 @@ def _retain_table(
             f"the retain sample {retain.source!r} has {dropped:,} images of a forgotten class ({', '.join(held)}): "
             "remove them, or pass --drop-forgotten"
         )
-    return clean, dropped
+    return clean, dropped, notes
 
 
 @dataclass(frozen=True)

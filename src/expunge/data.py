@@ -12,6 +12,7 @@ import itertools
 import os
 import re
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -32,6 +33,11 @@ from expunge.schema import Preprocessing, Sample
 Labels = NDArray[np.int64]
 LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class")
 SHARDS = (".parquet", ".tar")
+IMAGE_ENDINGS = (
+    ".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png",
+    ".pnm", ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp",
+)  # fmt: skip
+# what Pillow opens and people keep pictures in; listed, so that another Pillow does not give other data
 IMAGE_COLUMNS = ("image", "img", "images", "pixel_values", "picture")
 TEST_SHARE = 0.2  # of a source without a test split
 SPLIT_SEED = 0  # one fixed made split, so that training and forgetting agree on it whatever their seeds
@@ -81,6 +87,7 @@ class Source:
     named: bool = True  # False: the source has numbers for labels and no names
     mirror_safe: bool = True  # a mirrored image keeps its class (not so for digits)
     has_columns: bool = False  # label and image are columns with names (parquet, tars, the hub)
+    notes: tuple[str, ...] = ()  # sentences a person should read
 
 
 class TensorImages(Dataset[Sample]):
@@ -270,6 +277,7 @@ def open_source(
         InputError: the source is not there, has no labels or images, or its columns are ambiguous.
     """
     has_columns = False
+    notes: tuple[str, ...] = ()
     if spec == "digits":
         tables, names, named = _open_digits()
     elif spec.startswith("hf:") and "://" not in spec:
@@ -282,7 +290,8 @@ def open_source(
         tables, names, named = opener(found, label_column, image_column)
         has_columns = True
     elif Path(spec).is_dir():
-        tables, names, named = _open_folders(Path(spec))
+        tables, names, notes = _open_folders(Path(spec))
+        named = True
     else:
         raise InputError(
             f"no data at {spec!r}: expected 'digits', a folder, parquet or tar files (a path, a pattern or a URL), "
@@ -291,13 +300,15 @@ def open_source(
     train, test = tables.get("train"), tables.get("test")
     for part, table in tables.items():
         if len(table) == 0:
-            raise InputError(f"expected images in the {part} split of {spec!r}, found none")
+            raise InputError("; ".join([f"expected images in the {part} split of {spec!r}, found none", *notes]))
         low, high = int(table.labels.min()), int(table.labels.max())
         if low < 0 or high >= len(names):
             raise InputError(f"expected labels 0 to {len(names) - 1} in {spec!r}, found {low if low < 0 else high}")
     if train is None:
         raise InputError(f"expected a train split in {spec!r}, found {', '.join(tables) or 'none'}")
-    return Source(spec, names, train, test, named=named, mirror_safe=spec != "digits", has_columns=has_columns)
+    return Source(
+        spec, names, train, test, named=named, mirror_safe=spec != "digits", has_columns=has_columns, notes=notes
+    )
 
 
 def fingerprint(source: Source) -> str:
@@ -337,7 +348,8 @@ def _open_digits() -> Opened:
     return {"train": table}, tuple(str(name) for name in digits.target_names), True
 
 
-def _open_folders(folder: Path) -> Opened:
+def _open_folders(folder: Path) -> tuple[dict[str, ImageTable], tuple[str, ...], tuple[str, ...]]:
+    """Return the tables by split, the class names, and what to say of files that are left out."""
     parts = {
         name: folder / key for name, key in _choose_splits([p.name for p in folder.iterdir() if p.is_dir()]).items()
     }
@@ -359,7 +371,24 @@ def _open_folders(folder: Path) -> Opened:
         )
     if not names:
         raise InputError(f"expected one sub-folder of images a class (or parquet files) in {str(folder)!r}, found none")
-    return {name: _folder_table(part, names) for name, part in parts.items()}, names, True
+    tables, others = {}, []
+    for part, place in parts.items():
+        tables[part], left_out = _folder_table(place, names)
+        others += left_out
+    return tables, names, _no_images(others)
+
+
+def _no_images(others: Sequence[Path]) -> tuple[str, ...]:
+    """Return what to say of files in class folders that are taken for no images; nothing, where there are none."""
+    if not others:
+        return ()
+    # what follows a dot may be half of a name, and somebody's
+    kinds = Counter(
+        path.suffix.lower() if re.fullmatch(r"\.[A-Za-z0-9]{1,8}", path.suffix) else "another" for path in others
+    )
+    shown = ", ".join(kind for kind, _ in sorted(kinds.items(), key=lambda item: (-item[1], item[0]))[:4])
+    files = "file that is no image by its" if len(others) == 1 else "files that are no images by their"
+    return (f"left out {len(others):,} {files} ending ({shown}{', ...' if len(kinds) > 4 else ''})",)
 
 
 def _is_split(folder: Path, parts: Mapping[str, Path]) -> bool:
@@ -368,20 +397,22 @@ def _is_split(folder: Path, parts: Mapping[str, Path]) -> bool:
     return len(inner) == 1 and inner == list(parts.values()) and any(path.is_dir() for path in inner[0].iterdir())
 
 
-def _folder_table(folder: Path, names: tuple[str, ...]) -> ImageTable:
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    files = [
+def _folder_table(folder: Path, names: tuple[str, ...]) -> tuple[ImageTable, list[Path]]:
+    """Return the images in class folders, and the files that are none by their ending."""
+    present = [
         (path, label)
         for label, name in enumerate(names)
         for path in _files_below(folder / name)
-        if path.suffix.lower() in IMG_EXTENSIONS and not any(map(_hidden, path.relative_to(folder).parts))
+        if not any(map(_hidden, path.relative_to(folder).parts))
     ]
-    return ImageTable(
+    files = [(path, label) for path, label in present if path.suffix.lower() in IMAGE_ENDINGS]
+    others = [path for path, _ in present if path.suffix.lower() not in IMAGE_ENDINGS]
+    table = ImageTable(
         labels=np.array([label for _, label in files], dtype=np.int64),
         read=lambda rows: (files[row][0] for row in rows),
         name=lambda row: str(files[row][0]),
     )
+    return table, others
 
 
 def _files_below(folder: Path) -> list[Path]:
@@ -993,9 +1024,9 @@ def _open_image(payload: Any, name: str) -> Image.Image:
             return payload
         if isinstance(payload, np.ndarray):
             return Image.fromarray(payload)
-        image = _of_any_format(payload)
-        image.load()
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        with _of_any_format(payload) as image:  # closes the file; those of formats with frames stay open else
+            image.load()
+            turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
         return image if turn is None else image.transpose(turn)
     except UNDECODABLE as error:
         raise InputError(f"cannot decode {name} ({first_line(error)}); remove it or pass --skip-bad") from error

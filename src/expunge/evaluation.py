@@ -164,6 +164,7 @@ def evaluate(
         verdict=verdict(metrics, found, checked) if audits else None,
         notes=(
             *hardly_known(metrics["before"], [names[label] for label in split.forget_classes]),
+            *_too_few(metrics["after"], int(_is_forget(answers["before"], split).sum())),
             *(f"of the classes to forget {name} is still recognised" for name in _surely_remaining(metrics)),
             *_fallen(metrics),
         ),
@@ -362,6 +363,15 @@ def _surely_remaining(metrics: Mapping[str, Any]) -> list[str]:
 def _at_chance(bounds: Sequence[float] | None, num_classes: int) -> bool:
     """Return whether an accuracy with these bounds may be no more than chance."""
     return bounds is not None and bounds[0] <= 1 / num_classes
+
+
+def _too_few(after: Mapping[str, Any], count: int) -> list[str]:
+    """Return a note where so few held-out images show a class as gone that much of it may be left."""
+    if after["forget_accuracy"] is None or after["forget_accuracy"] > GOAL_FORGET:
+        return []
+    most = after["intervals"]["forget_accuracy"][1]
+    told = f"gone on {count} held-out image{'s' * (count > 1)}: of so few, as much as {most:.1%} cannot be excluded"
+    return [told] if most > Tolerances().output.reach else []
 
 
 def hardly_known(before: Mapping[str, Any], forget: Sequence[str]) -> list[str]:

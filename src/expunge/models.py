@@ -19,7 +19,7 @@ from torch import nn
 from expunge.errors import InputError, first_line
 from expunge.randomness import seeded
 from expunge.schema import Preprocessing
-from expunge.training import device_of, evaluating, logits_of
+from expunge.training import check_plain, device_of, evaluating, logits_of
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,7 @@ def check_model(model: nn.Module, preprocessing: Preprocessing, num_classes: int
     Raises:
         InputError: it refuses their shape, or does not give `num_classes` logits.
     """
+    check_plain(model)
     shape = (preprocessing.channels, *preprocessing.size)
     try:
         with torch.no_grad(), evaluating(model):

@@ -19,7 +19,11 @@ from typing import Any
 from expunge.errors import InputError, first_line
 
 SIGNATURE = "model.sig"
+PRIVATE = b"PRIVATE KEY"
+"""What every private key in PEM form holds in its first line."""
 CURVES = ("secp256r1", "secp384r1", "secp521r1")
+NO_BUNDLE = (ValueError, KeyError, TypeError, RecursionError)
+"""What reading a file raises that is no bundle."""
 MEANING = (
     "A signature says that the holder of the key recorded this. It does not say that the record is right, nor that "
     "nothing of the classes is left in the weights."
@@ -36,13 +40,10 @@ def key_id(key: Path, password: str | None = None) -> str:
     from cryptography.hazmat.primitives import serialization as form
     from cryptography.hazmat.primitives.asymmetric import ec
 
-    try:
-        content = key.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read the key {key}: {error.strerror or error}") from error
+    content = _content(key)
     public: Any
     try:
-        if b"PRIVATE KEY" in content:
+        if PRIVATE in content:
             public = form.load_pem_private_key(content, password.encode() if password else None).public_key()
         else:
             public = form.load_pem_public_key(content)
@@ -56,6 +57,13 @@ def key_id(key: Path, password: str | None = None) -> str:
     return hashlib.sha256(pem).hexdigest()
 
 
+def _content(key: Path) -> bytes:
+    try:
+        return key.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read the key {key}: {error.strerror or error}") from error
+
+
 def check_private(key: Path, password: str | None = None) -> str:
     """Return the id of a key that can sign; see `key_id`.
 
@@ -63,7 +71,7 @@ def check_private(key: Path, password: str | None = None) -> str:
         InputError: it cannot.
     """
     found = key_id(key, password)
-    if b"PRIVATE KEY" not in key.read_bytes():
+    if PRIVATE not in _content(key):
         raise InputError(f"expected the private key to sign with, got a public one: {key}")
     return found
 
@@ -103,8 +111,10 @@ def signature_problems(folder: Path, names: Sequence[str], key: Path) -> list[st
     Raises:
         InputError: the key cannot be used.
     """
-    given = key_id(key)
     _, _, verifying = _library()
+    if PRIVATE in _content(key):  # before it is opened, which may take a password
+        raise InputError(f"expected the public key to verify with, got the private one: {key}")
+    given = key_id(key)
     path = folder / SIGNATURE
     if not path.is_file():
         return [f"there is no {SIGNATURE}: it was stripped, or nobody signed"]
@@ -126,9 +136,19 @@ def signed_by(folder: Path) -> str | None:
     """Return the id of the key that a signature says it was made with, unchecked; None where there is no telling."""
     try:
         bundle = json.loads((folder / SIGNATURE).read_text(encoding="utf-8"))
-        return str(bundle["verificationMaterial"]["publicKey"]["hint"])
-    except (OSError, ValueError, KeyError, TypeError):
+        hint = bundle["verificationMaterial"]["publicKey"]["hint"]
+    except (OSError, *NO_BUNDLE):
         return None
+    return hint if isinstance(hint, str) else None
+
+
+def is_signature(folder: Path) -> bool:
+    """Return whether the signature's file has the form of one, whoever made it."""
+    try:
+        _signed(folder / SIGNATURE)
+    except (OSError, *NO_BUNDLE):
+        return False
+    return True
 
 
 def _signed(path: Path) -> list[tuple[str, str]]:

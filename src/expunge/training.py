@@ -359,6 +359,16 @@ def check_float32(model: nn.Module) -> None:
         raise InputError(f"expected a float32 model, got parameters of {other}: call model.float() on a copy")
 
 
+def check_plain(model: nn.Module) -> None:
+    """Raise InputError of a model that copies of which cannot be changed as it could itself."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError(
+            "expected a Python module, got TorchScript, which cannot be copied: hand in what it was made of"
+        )
+    if hasattr(model, "_orig_mod"):
+        raise InputError("expected a model that is not compiled: hand in its _orig_mod, and compile what comes out")
+
+
 def fastest_layout(model: nn.Module, images: Tensor) -> torch.memory_format:
     """Return channels_last, in which convolutions train a fifth faster here, and bring `model` into it.
 

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from expunge.errors import InputError, first_line
 from expunge.files import bytes_writer, write_atomically
@@ -76,10 +77,9 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], Metadata]:
     Raises:
         InputError: there is no such file, it is no weights file, or it would run code.
     """
-    said = Metadata()
-    if path.is_dir():
-        said = Metadata(class_names=_hub_class_names(path / "config.json"))
     path = weights_file(path)
+    hub = path.name in FOLDER_FILES  # named itself or by its folder
+    said = Metadata(class_names=_hub_class_names(path.with_name("config.json")) if hub else ())
     if path.suffix != ".safetensors":
         return _load_pickle(path), said
     state, metadata = _load_safetensors(path)
@@ -103,13 +103,19 @@ def apply_weights(model: nn.Module, state: Mapping[str, Tensor], name: str) -> N
     """
     state = _adapted(model, state)
     own = model.state_dict()
+    if any(isinstance(value, UninitializedParameter | UninitializedBuffer) for value in own.values()):
+        raise InputError(
+            "the model has lazy layers (nn.LazyLinear and others), which have no shape before they see an image: build "
+            "it with their sizes, or let it answer one in the function that builds it"
+        )
     tied: dict[int, list[str]] = {}
     for key, value in own.items():
         if value.numel():
             tied.setdefault(value.data_ptr(), []).append(key)
     given = set(state)
     covered = given | {key for group in tied.values() if given & set(group) for key in group}
-    missing = sorted(set(own) - covered)
+    # which old and converted checkpoints lack, and torch fills in
+    missing = sorted(key for key in set(own) - covered if not key.endswith("num_batches_tracked"))
     surplus = sorted(given - set(own))
     if missing or surplus:
         parts = [f"{kind} {_listed(keys)}" for kind, keys in (("missing", missing), ("surplus", surplus)) if keys]
@@ -216,10 +222,17 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    tensors = isinstance(content, dict) and content and all(isinstance(v, Tensor) for v in content.values())
-    if not tensors:
-        raise InputError(f"expected a state dict of tensors in {path}, found {type(content).__name__} of other things")
+    if isinstance(content, dict) and not _are_tensors(content):  # a checkpoint may have its own name for them
+        states = [part for part in content.values() if _are_tensors(part)]
+        content = states[0] if len(states) == 1 else content
+    if not _are_tensors(content):
+        held = f"a dict of {_listed(list(map(str, content)))}" if isinstance(content, dict) else "another object"
+        raise InputError(f"expected a state dict of tensors in {path}, found {held}: save model.state_dict() alone")
     return dict(content)
+
+
+def _are_tensors(content: object) -> bool:
+    return isinstance(content, dict) and bool(content) and all(isinstance(v, Tensor) for v in content.values())
 
 
 def untied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -114,7 +115,8 @@ def open_workspace(
     spec = parse_model(model_text(model, metadata))
     names = data.class_names or metadata.class_names or None
     source = open_source(data.spec, label_column=data.label_column, image_column=data.image_column)
-    source, notes = align(source, names)
+    source, told = align(source, names)
+    notes = [*source.notes, *told]
     purpose = "forget" if weights is not None else "leave out"
     left_out = resolve_classes(leave_out, source.class_names, purpose=purpose) if leave_out else ()
     unknown = [name for name in (*metadata.forgotten, *metadata.never_seen) if name not in source.class_names]
@@ -201,12 +203,20 @@ def model_text(model: str | None, metadata: Metadata) -> str:
 def align(source: Source, names: Sequence[str] | None) -> tuple[Source, list[str]]:
     """Return the source with its labels in the order of `names`, the model's outputs, and what to say of it."""
     own = source.class_names
-    if names is not None and len(set(names)) != len(names):
+    if names is None:
+        return source, [] if source.named else _without_first(*_label_range(source))
+    if len(set(names)) != len(names):
         raise InputError("expected class names that differ from each other")
-    if names is None or tuple(names) == own:
+    if tuple(names) == own:
         return source, []
     if not source.named and len(names) >= len(own):
         return replace(source, class_names=tuple(names)), []
+    if not source.named:
+        lowest, highest = _label_range(source)
+        raise InputError(
+            f"expected labels 0 to {len(names) - 1} for the {len(names)} classes that the model names, found {lowest} "
+            f"to {highest}{': number them from 0, or name class 0 too with --class-names' if lowest else ''}"
+        )
     unknown = [name for name in own if name not in names]
     if unknown:
         raise InputError(
@@ -220,6 +230,23 @@ def align(source: Source, names: Sequence[str] | None) -> tuple[Source, list[str
         absent = [name for name in names if name not in own]
         return aligned, [f"the data has no images of {', '.join(absent[:6])}{', ...' if len(absent) > 6 else ''}"]
     return aligned, ["the data lists its classes in another order than the model: matched by name"]
+
+
+def _label_range(source: Source) -> tuple[int, int]:
+    """Return the lowest and the highest label that an image bears."""
+    labels = np.concatenate([table.labels for table in (source.train, source.test) if table is not None])
+    return int(labels.min()), int(labels.max())
+
+
+def _without_first(lowest: int, highest: int) -> list[str]:
+    """Return what to say where labels that nothing names do not run from 0: outputs below them stay untrained."""
+    if lowest == 0:
+        return []
+    absent = "class 0 has" if lowest == 1 else f"classes 0 to {lowest - 1} have"
+    return [
+        f"labels run from {lowest} to {highest} and are taken as they are, so that {absent} no image: number them from "
+        "0, or name all classes with --class-names"
+    ]
 
 
 def _enlarged(native: tuple[int, int] | None, preprocessing: Preprocessing, spec: ModelSpec) -> list[str]:

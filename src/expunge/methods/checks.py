@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Sequence, Sized
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from expunge.batches import as_tensor
 from expunge.data import count_labels, normalize
 from expunge.errors import InputError
 from expunge.schema import Split
-from expunge.training import check_float32, device_of, evaluating, logits_of
+from expunge.training import check_float32, check_plain, device_of, evaluating, logits_of
 
 
 def check_zero_glance(model: nn.Module, split: Split) -> dict[int, int]:
@@ -38,7 +38,11 @@ def check_split(model: nn.Module, split: Split, *, reads: Collection[str]) -> di
             samples are missing, of other classes, or there unasked; the retain sample is empty or has a sample of a
             forgotten class.
     """
+    check_plain(model)
     check_float32(model)
+    if not torch.is_grad_enabled():
+        raise InputError("expected gradients to be on: call this outside torch.no_grad() and torch.inference_mode()")
+    _check_samples(split)
     num_classes = count_classes(model, split)
     check_copyable(model)
     if split.class_names and len(split.class_names) != num_classes:
@@ -72,6 +76,21 @@ def check_split(model: nn.Module, split: Split, *, reads: Collection[str]) -> di
                 "them (on the command line: --drop-forgotten)"
             )
     return counts
+
+
+def _check_samples(split: Split) -> None:
+    """Check that the first retained sample is an image and a label, or an image, a label and a target."""
+    retain: Any = split.retain
+    if isinstance(retain, DataLoader):
+        raise InputError("expected a torch Dataset of (image, label) to retain, got a DataLoader: hand in its dataset")
+    if isinstance(retain, IterableDataset) or (hasattr(retain, "__len__") and len(retain) == 0):
+        return  # a stream may have one pass alone
+    sample = retain[0]
+    if not isinstance(sample, Sequence) or len(sample) != 2:
+        got = f"a {type(sample).__name__}" + (f" of {len(sample)}" if isinstance(sample, Sized) else "")
+        raise InputError(f"expected samples (image, label) to retain, got {got}: wrap the data set")
+    if isinstance(sample[1], Tensor) and sample[1].numel() != 1:
+        raise InputError(f"expected labels that are class indices, got a tensor of {tuple(sample[1].shape)}")
 
 
 def check_copyable(model: nn.Module, image: Tensor | None = None) -> None:

@@ -776,7 +776,10 @@ class _Calibrated:
                 left = f"the classes are hardly called any more, but {left}, for {self.plan.probability:.1%} asked for"
             lost = f"; accuracy on retained images is lost ({self._shares(after)})" if self._lost(after) else ""
             return f"after {self.plan.rounds} rounds of impair and repair, {left}{lost}; the best round is kept"
-        state = "is back" if back else "is lost" if self._lost(after) else "gains no more"
+        few = after.retain_accuracy < _accuracy(self.evidence) - self.plan.back
+        state = "is lost" if self._lost(after) else "gains no more"
+        if back:
+            state = "is back as far as so few can tell" if few else "is back"
         return (
             f"the classes are gone, {'but' if self._lost(after) else 'and'} accuracy on "
             f"{self.evidence.held} {'held-out ' if self.apart else ''}retained images {state} ({self._shares(after)})"

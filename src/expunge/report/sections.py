@@ -333,12 +333,12 @@ def signals(record: Part) -> dict[str, Any] | None:
 
 
 def _trial(trial: Part) -> list[str]:
-    rate = trial.get("rate")
+    rate, outcome = trial.get("rate"), trial.get("outcome") or "–"
     return [
         told(trial.get("round"), "count"),
         "–" if rate is None else f"{rate:.3g}",
         told(trial.get("steps"), "count"),
-        trial.get("outcome") or "–",
+        {"left": "some left for repair"}.get(outcome, outcome),
         told(trial.get("still_called")),
         told(trial.get("retain_agreement")),
     ]

@@ -184,7 +184,10 @@ def _sentences(outcome: Outcome) -> Iterator[str]:
         goal = percent(checks["goal_forget_accuracy"])
         answer = YES if checks["forgotten"] else NO
         yield f"Forgotten at the output: {answer} ({percent(after['forget_accuracy'])}; goal: at most {goal})."
-    if checks["kept"] is None:
+    if checks["kept"] is None and after["retain_accuracy"] is not None:
+        share, known = percent(after["retain_accuracy"]), percent(before["retain_accuracy"])
+        yield f"The rest is kept: unknown ({share}), the original answered it no better than a guess ({known})."
+    elif checks["kept"] is None:
         yield "The rest is kept: unknown, the data has no held-out image of a retained class."
     else:
         known = before["masked_retain_accuracy"]
@@ -227,9 +230,11 @@ def _calibrated(found: Mapping[str, Any] | None) -> Iterator[str]:
     """Tell what a calibration did, in plain sentences."""
     if found is None:
         return
+    words = {"left": "some left for repair"}  # it is repair that empties a class
     trials = ", ".join(
-        f"{trial['rate']:.3g} ({trial['outcome']}{f' after {steps} steps' if (steps := trial['steps']) else ''})"
+        f"{trial['rate']:.3g} ({came}{f' after {steps} steps' if (steps := trial['steps']) else ''})"
         for trial in found["trials"]
+        for came in [words.get(trial["outcome"], trial["outcome"])]
     )
     rounds = "one round" if found["rounds"] == 1 else f"{found['rounds']} rounds"
     if found["reached"] is None:

@@ -1,4 +1,4 @@
-"""Checks with the folder at hand: record, weights, retain sample and pictures are as they were written."""
+"""Checks with the folder at hand: record, weights, retain sample, pictures and page are as they were written."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from expunge.files import content_hash, digest, json_text
 from expunge.provenance import (
     RECORD,
     SAMPLE,
+    code_digests,
     configuration_of,
     file_digest,
     part_digests,
@@ -20,10 +21,12 @@ from expunge.provenance import (
     sample_hash,
     tensors_digest,
 )
-from expunge.report import check_record
+from expunge.report import check_record, html_report, read_pictures, was_edited
 from expunge.schema import IMAGES, READABLE, Preprocessing
 from expunge.verify.finding import Content, Elsewhere, Finding
 from expunge.weights import load_weights, weights_file
+
+PAGE = "report.html"
 
 
 def read_record(folder: Path) -> tuple[dict[str, Any] | None, list[Finding]]:
@@ -67,7 +70,7 @@ def read_record(folder: Path) -> tuple[dict[str, Any] | None, list[Finding]]:
         found.append(Finding("record", True, f"{RECORD} is as it was written (content {short(record)})"))
     try:
         same = provenance.get("configuration") == digest(configuration_of(record))
-    except (KeyError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         same = False
     if not same:
         told = "method, settings, classes, seed, model or sample are not those the record was written with"
@@ -191,6 +194,35 @@ def check_pictures(folder: Path, record: Content) -> Iterator[Finding]:
         yield Finding("images", False, f"{IMAGES} was changed: it does not hold the pictures that were kept")
     else:
         yield Finding("images", True, f"{IMAGES} is as it was written")
+
+
+def check_page(folder: Path, record: Content) -> Iterator[Finding]:
+    """Make the page again from the record and compare: no hash covers it."""
+    path = folder / PAGE
+    if not path.is_file():
+        yield Finding("page", None, f"{PAGE} is not here: expunge report makes it")
+        return
+    try:
+        # as expunge report writes it, without the pictures beside the record and with them
+        pages, withheld = [html_report(record).encode()], False
+        if record["provenance"]["files"].get(IMAGES) is not None:
+            try:
+                pages.append(html_report(record, read_pictures(folder, record)).encode())
+            except InputError:  # gone, or others: check_pictures says so
+                withheld = True
+    except Exception as error:  # noqa: BLE001 (of any kind: check_record does not look at every part)
+        yield Finding("page", False, f"{PAGE} cannot be compared: {RECORD} gives no page ({first_line(error)})")
+        return
+    if path.read_bytes() in pages:
+        yield Finding("page", True, f"{PAGE} is what {RECORD} gives")
+    elif was_edited(record):
+        yield Finding("page", None, f"{PAGE} was not checked: {RECORD} was edited")
+    elif record["provenance"]["code"]["source"] != code_digests()["source"]:
+        yield Finding("page", None, f"{PAGE} was not checked: made by other code; expunge report makes it again")
+    elif withheld:
+        yield Finding("page", None, f"{PAGE} was not checked: it may show pictures, and {IMAGES} does not give them")
+    else:
+        yield Finding("page", False, f"{PAGE} is not what {RECORD} gives: make it again with expunge report")
 
 
 def look_up(folder: Path, record: Content, image: Path) -> Finding:

@@ -16,7 +16,7 @@ Content = Mapping[str, Any]
 class Finding:
     """What one check found."""
 
-    check: str  # record, configuration, weights, retain sample, images, chain, ledger, signature, code, replay...
+    check: str  # record, configuration, weights, retain sample, images, page, chain, ledger, signature, code, replay...
     ok: bool | None  # None: could not be checked, or there is nothing to check
     sentence: str
 

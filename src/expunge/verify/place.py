@@ -11,7 +11,7 @@ from expunge.files import content_hash
 from expunge.ledger import NAME as LEDGER
 from expunge.ledger import broken_links, missing_after, read_entries
 from expunge.provenance import RECORD, code_digests, signed_names
-from expunge.signing import MEANING, SIGNATURE, signature_problems, signed_by
+from expunge.signing import MEANING, SIGNATURE, is_signature, signature_problems, signed_by
 from expunge.verify.files import short
 from expunge.verify.finding import Content, Elsewhere, Finding
 from expunge.weights import load_weights
@@ -193,6 +193,7 @@ def lost_records(path: Path, places: Sequence[Path]) -> list[str]:
 def check_signature(folder: Path, record: Content, key: Path | None) -> Iterator[Finding]:
     signer = record["provenance"]["signer"]
     made = signed_by(folder)
+    by = f"the key {made[:16]}" if made is not None else "a key that it does not name"
     if key is not None:
         problems = signature_problems(folder, signed_names(record), key)
         for problem in problems:
@@ -200,11 +201,13 @@ def check_signature(folder: Path, record: Content, key: Path | None) -> Iterator
         if not problems:
             yield Finding("signature", True, f"signed with the key {str(made)[:16]}. {MEANING}")
     elif (folder / SIGNATURE).is_file():
-        if signer is not None and made != signer:
-            told = f"the record was to be signed with the key {signer[:16]}, the signature is by {str(made)[:16]}"
+        if not is_signature(folder):
+            yield Finding("signature", False, f"{SIGNATURE} is no signature: it was damaged, or is something else")
+        elif signer is not None and made != signer:
+            told = f"the record was to be signed with the key {signer[:16]}, the signature is by {by}"
             yield Finding("signature", False, told)
         else:
-            yield Finding("signature", None, f"there is one, by the key {str(made)[:16]}: not checked without --key")
+            yield Finding("signature", None, f"there is one, by {by}: not checked without --key")
     elif signer is not None:
         yield Finding("signature", False, f"the signature was stripped: the record names the key {signer[:16]}")
     else:
