@@ -220,7 +220,7 @@ def _sentences(outcome: Outcome) -> Iterator[str]:
     preprocessing = record.data["preprocessing"]
     height, width = preprocessing["size"]
     yield f"Images: {height}x{width} pixels; mean and deviation {_source(preprocessing['source'])}."
-    yield from (f"Note: {plain(note)}." for note in outcome.notes)
+    yield from (f"Note: {plain(note)}{'' if note.endswith('?') else '.'}" for note in outcome.notes)
 
 
 YES, NO = "[bold green]yes[/]", "[bold red]NO[/]"
