@@ -63,7 +63,7 @@ from expunge.provenance import (
 )
 from expunge.report import html_writer
 from expunge.report.rerun import rerun
-from expunge.schema import IMAGES, Phase, Precision, Preprocessing, Record, Split, TrainConfig
+from expunge.schema import IMAGES, PAGE, Phase, Precision, Preprocessing, Record, Split, TrainConfig
 from expunge.signing import SIGNATURE, check_private, sign_folder
 from expunge.training import predict, train
 from expunge.verdict import COSTLY, verdict
@@ -366,7 +366,7 @@ def forget_command(
     return _keep(record, out, files, keep, pictures)
 
 
-OF_RECORD = (RECORD, "report.html", IMAGES, SIGNATURE)
+OF_RECORD = (RECORD, PAGE, IMAGES, SIGNATURE)
 """Names of what is written with a record, or removed since it was of the one before."""
 
 
@@ -535,7 +535,7 @@ def _keep(
         }
         content = seal(as_json(replace(record, provenance=made)))
         writers = {out / name: bytes_writer(held) for name, held in files.items()}
-        writers |= {out / "record.json": json_writer(content), out / "report.html": html_writer(content, pictures)}
+        writers |= {out / RECORD: json_writer(content), out / PAGE: html_writer(content, pictures)}
         if entry is not None:  # before there are files that say so; it counts once this block is left
             entry.append(ledger_entry(content, out))
         write_atomically(writers)

@@ -27,6 +27,13 @@ READABLE = (1, 2)
 IMAGES = "images.json"
 """Name of the file beside a record that holds pictures of samples, there only where they were asked for."""
 
+PAGE = "report.html"
+"""Name of the page beside a record, for people."""
+
+TRIAL_WORDS = {"left": "some left for repair"}
+"""What people are told of the outcome of a trial of impair, where the word itself says too little: it is repair that
+empties a class."""
+
 Precision = Literal["auto", "fp32", "bf16"]
 """Of the sums within a model while it trains, weights being float32: auto takes the faster one for model and device."""
 

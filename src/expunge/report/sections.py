@@ -26,6 +26,7 @@ from expunge.report.figures import (
     sentence,
     told,
 )
+from expunge.schema import TRIAL_WORDS
 
 Part = Mapping[str, Any]
 
@@ -338,7 +339,7 @@ def _trial(trial: Part) -> list[str]:
         told(trial.get("round"), "count"),
         "–" if rate is None else f"{rate:.3g}",
         told(trial.get("steps"), "count"),
-        {"left": "some left for repair"}.get(outcome, outcome),
+        TRIAL_WORDS.get(outcome, outcome),
         told(trial.get("still_called")),
         told(trial.get("retain_agreement")),
     ]

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from expunge.ledger import NAME as LEDGER
+from expunge.schema import TRIAL_WORDS
 from expunge.terminal.words import duration, percent, plain, say
 
 if TYPE_CHECKING:
@@ -230,11 +231,10 @@ def _calibrated(found: Mapping[str, Any] | None) -> Iterator[str]:
     """Tell what a calibration did, in plain sentences."""
     if found is None:
         return
-    words = {"left": "some left for repair"}  # it is repair that empties a class
     trials = ", ".join(
         f"{trial['rate']:.3g} ({came}{f' after {steps} steps' if (steps := trial['steps']) else ''})"
         for trial in found["trials"]
-        for came in [words.get(trial["outcome"], trial["outcome"])]
+        for came in [TRIAL_WORDS.get(trial["outcome"], trial["outcome"])]
     )
     rounds = "one round" if found["rounds"] == 1 else f"{found['rounds']} rounds"
     if found["reached"] is None:

@@ -31,7 +31,7 @@ from expunge.provenance import (
 )
 from expunge.verify.files import original_of, retrained_of, unlearned_of
 from expunge.verify.finding import Content, Elsewhere, Finding
-from expunge.weights import load_weights, weights_file
+from expunge.weights import UNLEARNED, load_weights, weights_file
 from expunge.workspace import DataOptions
 
 REPLAY_TOLERANCE = 1 / 3
@@ -93,7 +93,7 @@ def replay_erasure(folder: Path, record: Content, where: Elsewhere, journal: Jou
         return
     differing = [*_surroundings(record, here), *unlike] + ([] if same_code else ["the code"])
     exact = not differing and here["device"] == "cpu"
-    recorded = load_weights(folder / "unlearned.safetensors")[0]
+    recorded = load_weights(folder / UNLEARNED)[0]
     moved = relative_distance(task.workspace.model.state_dict(), recorded)  # in the file names may be others
     share = relative_distance(made, recorded) / moved if moved else math.inf
     told = f"the erasure gives other weights, {share:.2g} of the way that it moved them"

@@ -22,11 +22,9 @@ from expunge.provenance import (
     tensors_digest,
 )
 from expunge.report import check_record, html_report, read_pictures, was_edited
-from expunge.schema import IMAGES, READABLE, Preprocessing
+from expunge.schema import IMAGES, PAGE, READABLE, Preprocessing
 from expunge.verify.finding import Content, Elsewhere, Finding
-from expunge.weights import load_weights, weights_file
-
-PAGE = "report.html"
+from expunge.weights import UNLEARNED, load_weights, weights_file
 
 
 def read_record(folder: Path) -> tuple[dict[str, Any] | None, list[Finding]]:
@@ -103,7 +101,7 @@ def unlearned_of(folder: Path, record: Content) -> Path:
     """Return where the unlearned weights are: those of an erasure beside its record."""
     if record["provenance"]["kind"] == "audit":
         return _located(folder, record["model"]["unlearned"], record["provenance"]["weights"]["unlearned"])
-    return folder / "unlearned.safetensors"
+    return folder / UNLEARNED
 
 
 def retrained_of(folder: Path, record: Content) -> list[tuple[Path, Mapping[str, str]]]:

@@ -14,7 +14,7 @@ from expunge.provenance import RECORD, code_digests, signed_names
 from expunge.signing import MEANING, SIGNATURE, is_signature, signature_problems, signed_by
 from expunge.verify.files import short
 from expunge.verify.finding import Content, Elsewhere, Finding
-from expunge.weights import load_weights
+from expunge.weights import UNLEARNED, load_weights
 
 
 def check_chain(folder: Path, record: Content, where: Elsewhere) -> Iterator[Finding]:
@@ -73,7 +73,7 @@ def _records(places: Sequence[Path]) -> dict[str, Content]:
 def _forgotten_before(folder: Path, record: Content) -> set[str]:
     """Return the classes that the unlearned weights say they forgot and the record does not name as its own."""
     try:
-        metadata = load_weights(folder / "unlearned.safetensors")[1]
+        metadata = load_weights(folder / UNLEARNED)[1]
     except InputError:
         return set()
     return set(metadata.forgotten) - set(record["classes"]["forget"])
