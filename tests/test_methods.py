@@ -24,6 +24,7 @@ from expunge.methods import METHODS, PRESETS, Method, UnsirConfig
 from expunge.methods.checks import check_split
 from expunge.methods.none import METHOD as NONE
 from expunge.schema import Split
+from pretended_gpu import pretended_gpu
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,16 @@ def results(tiny: Tiny, threes: TensorImages) -> Callable[[str], Result]:
         return Result(model, journal)
 
     return result
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_model_on_another_device_than_images(name: str, tiny: Tiny, split: Split) -> None:
+    case = CASES[name]
+    with pretended_gpu() as gpu:
+        model = run(name, copy.deepcopy(tiny.model).to(gpu), split)
+        assert {part.device for part in model.state_dict().values()} == {gpu}
+        assert case.forget[0] <= tiny.accuracy(model, forget=True) <= case.forget[1]
+        assert case.retain[0] <= tiny.accuracy(model, forget=False) <= case.retain[1]
 
 
 @pytest.mark.parametrize("name", METHODS)
