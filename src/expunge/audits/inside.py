@@ -108,7 +108,7 @@ def linear_probe_hits(train: Features, test: Features, classes: Sequence[int], *
     mean, deviation = train.values.mean(0), train.values.std(0).clamp_min(1e-6)
     from sklearn.linear_model import LogisticRegression  # a second that only an audit shall take
 
-    probe = LogisticRegression(C=strength, max_iter=300)
+    probe = LogisticRegression(C=strength, max_iter=5000)  # 1,280 features need about 300
     probe.fit(((train.values - mean) / deviation).numpy(), train.labels.numpy())
     found = probe.predict(((chosen.values - mean) / deviation).numpy())
     predicted: Tensor = torch.from_numpy(found)
