@@ -137,6 +137,8 @@ def test_train(tmp_path: Path, trained: Trained) -> None:
     assert (metadata.model, metadata.never_seen) == (trained.model, ("0", "3"))
     assert metadata.training is not None
     assert metadata.training["config"]["flip"] is False  # a mirrored digit is another
+    stuck = invoke(*words[:5], "--epochs", "1", "--lr", "1e-9", "--out", str(tmp_path / "stuck.safetensors"))
+    assert "(a guess has 10.0%) after 1 epoch," in stuck.stdout
 
 
 def test_forget(tmp_path: Path, trained: Trained) -> None:

@@ -155,10 +155,12 @@ def train(
             )
         if not quiet and _first() and metadata.training is not None:
             never = f", never shown: {', '.join(metadata.never_seen)}" if metadata.never_seen else ""
+            guess = 1 / (len(metadata.class_names) - len(metadata.never_seen))
+            little = f" (a guess has {guess:.1%})" if metadata.training["test_accuracy"] < 2 * guess else ""
             say(
                 Console(highlight=False),
                 Text(
-                    f"Test accuracy {metadata.training['test_accuracy']:.1%} after "
+                    f"Test accuracy {metadata.training['test_accuracy']:.1%}{little} after "
                     f"{epochs} epoch{'' if epochs == 1 else 's'}, "
                     f"{metadata.training['seconds']:.0f} s{never}\nWrote {out}"
                 ),
