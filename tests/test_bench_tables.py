@@ -17,6 +17,7 @@ from expunge.bench.suites import SUITES
 from expunge.bench.tables import (
     COLUMNS,
     Row,
+    between_retrained,
     csv_writer,
     latex,
     markdown,
@@ -128,6 +129,24 @@ def test_marks_in_the_tables() -> None:
     assert r"\textbf{" in tex
     assert r"A\_f \%" in tex
     assert tex.count(r"\toprule") == 1
+
+
+def test_how_far_retrained_models_lie_apart() -> None:
+    accuracies, probes = (0.98, 0.96, 0.95), (0.5, 0.6, None)
+    rows = [
+        row(name, seed, 0.9, retrained_retain_accuracy=accuracies[seed], retrained_linear_probe=probes[seed])
+        for name in ("unsir", "scrub")
+        for seed in range(3)
+    ]
+    found, pairs = between_retrained(rows)
+    assert pairs == 3  # whatever the number of methods
+    assert found["retain_gap"] == pytest.approx((2 + 3 + 1) / 3)
+    assert found["linear_probe_gap"] == pytest.approx(10)
+    assert found["tug_of_war"] == pytest.approx(0.98)
+    assert "| *retrained, another seed* |  | 3 |  |  | 0.0 | 2.0 | 0.980 |  | 10.0 |" in markdown(summarize(rows), rows)
+    assert between_retrained(rows[:1]) == ({}, 0)
+    other_set = [row("unsir", 1, 0.9, forget="5")]
+    assert between_retrained([*rows[:1], *other_set]) == ({}, 0)
 
 
 def test_a_variant_that_is_the_same_again_does_not_hinder_a_mark() -> None:
