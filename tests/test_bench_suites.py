@@ -365,6 +365,7 @@ def test_somebodys_own_without_images_of_the_classes(tmp_path: Path) -> None:
     model, weights, out = f"{tmp_path / 'net.py'}:net", tmp_path / "w.safetensors", tmp_path / "out"
     commands.train_command(DataOptions(spec="digits"), model, weights, config=TrainConfig(epochs=1, batch_size=64))
     left = write_digits(tmp_path / "left", [label for label in range(10) if label != 3], each=20)
+    (left / "0" / "about.txt").write_text("no image")
     words = own(str(left), model, weights, out)
     done = invoke(*words, "--methods", "none,fine_tune,ssd", "--seeds", "1", "--epochs", "1")
     assert done.exit_code == 1, done.output  # of ssd, which reads what is not there
@@ -376,6 +377,8 @@ def test_somebodys_own_without_images_of_the_classes(tmp_path: Path) -> None:
     assert rows[0]["retrained_retain_accuracy"] > 0
     empty = ("forget_accuracy", "linear_probe", "original_linear_probe", "retrained_linear_probe", "linear_probe_gap")
     assert all(rows[0][name] is None for name in empty)
+    notes = json.loads((out / "cells" / rows[0]["id"] / "record.json").read_text())["notes"]
+    assert any("file that is no image" in note for note in notes), notes
     assert (out / "cells" / rows[0]["id"] / "report.html").exists()
 
 

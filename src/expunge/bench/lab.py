@@ -229,7 +229,7 @@ class Lab:
         record = replace(
             record,
             data=dict(record.data) | {"test_from": workspace.test_from},
-            notes=(*workspace.held_out_notes(), *record.notes),
+            notes=(*workspace.notes, *workspace.held_out_notes(), *record.notes),
         )
         return as_json(record) | {"bench": bench}  # type: ignore[no-any-return]
 
