@@ -29,7 +29,16 @@ from expunge.batches import Share, augment
 from expunge.commands import RetainOptions, forget_command, train_command
 from expunge.data import open_source, stage, with_test_split
 from expunge.errors import InputError
-from expunge.processes import Ranks, agreed, gathered, ranks, refuse_several, shared_statistics, summed
+from expunge.processes import (
+    Ranks,
+    _meeting_place,
+    agreed,
+    gathered,
+    ranks,
+    refuse_several,
+    shared_statistics,
+    summed,
+)
 from expunge.schema import Preprocessing, TrainConfig
 from expunge.sharding import shards_of
 from expunge.training import predict
@@ -248,12 +257,19 @@ def tied() -> nn.Sequential:
     return model
 
 
+def masked() -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(2, 2))
+    model[0].weight.register_hook(torch.zeros(2, 2).mul)  # type: ignore[operator]
+    return model
+
+
 @pytest.mark.usefixtures("group")
 @pytest.mark.parametrize(
     ("model", "why"),
     [
         (tied(), "a parameter is shared by several of its blocks"),
         (nn.Sequential(nn.Linear(2, 2), nn.ParameterList([torch.zeros(())])), "scalar"),
+        (masked(), "a method's mask"),
     ],
 )
 def test_models_that_cannot_be_sharded_are_refused(model: nn.Module, why: str) -> None:
@@ -268,11 +284,17 @@ def test_several_processes_on_the_cpu_of_a_machine_with_a_gpu(monkeypatch: pytes
         pick_device("cpu")
 
 
+@pytest.mark.parametrize(("groups", "kind"), [("cpu:gloo,cuda:nccl", "cpu"), ("cuda:nccl", "cuda")])
+def test_sums_go_where_the_callers_group_can_send(monkeypatch: pytest.MonkeyPatch, groups: str, kind: str) -> None:
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: groups)
+    assert _meeting_place().type == kind
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "sharded"), [(2, False), (4, False), (2, True)])
 def test_each_part_gives_what_one_process_gives(size: int, sharded: bool, tmp_path: Path) -> None:
     """Sharded, as `accelerate launch --use_fsdp` asks for it."""
-    names = "in_memory,streamed,stopped,answered,learned,resumed"
+    names = "in_memory,streamed,stopped,answered,learned,resumed,drifted"
     asked = {"ACCELERATE_USE_FSDP": "true"} if sharded else {}
     one, many = (together(names, count, tmp_path / f"{count}.pt", **asked) for count in (1, size))
     for name in ("in_memory", "streamed", "stopped"):
@@ -291,6 +313,7 @@ def test_each_part_gives_what_one_process_gives(size: int, sharded: bool, tmp_pa
     for key in ("labels", "streamed"):
         assert torch.equal(many["answered"][key], one["answered"][key])
     torch.testing.assert_close(many["learned"]["images"], one["learned"]["images"], atol=1e-4, rtol=1e-4)
+    assert many["drifted"]["same"] == [one["drifted"]["same"][0]] * size
     assert many["stopped"]["phase"][0] == 3  # though the second process would have stopped at 4
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from accelerate.state import GradientState
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
@@ -330,6 +331,20 @@ def test_images_of_two_shapes() -> None:
     samples = [(torch.zeros(1, 4, 4), 0), (torch.zeros(1, 5, 4), 1)]
     with pytest.raises(InputError, match=r"one shape, got \(1, 4, 4\), \(1, 5, 4\)"):
         predict(network(), samples)  # type: ignore[arg-type]
+
+
+def test_what_a_callers_accelerator_is_doing_changes_nothing() -> None:
+    """A loop that ended while gradients were accumulated left Accelerate skipping every later step of the process."""
+    models = [nn.Sequential(nn.Flatten(), nn.Linear(16, 3)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    state = GradientState()
+    for model, synced in zip(models, (True, False), strict=True):
+        state._set_sync_gradients(synced)
+        try:
+            train(model, images(), TrainConfig(epochs=1, lr=0.1), seed=0, preprocessing=GREY)
+        finally:
+            state._set_sync_gradients(True)
+    assert all(torch.equal(one, other) for one, other in zip(*(m.parameters() for m in models), strict=True))
 
 
 def test_training_ends_where_until_says_so() -> None:

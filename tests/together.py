@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import sys
 import tempfile
@@ -18,8 +19,9 @@ from torch import nn
 from expunge.data import StreamedImages, TensorImages
 from expunge.errors import DivergedError
 from expunge.journal import Journal
+from expunge.methods.registry import Method
 from expunge.processes import agreed, gathered, leave, ranks, wait
-from expunge.schema import TrainConfig
+from expunge.schema import Split, TrainConfig
 from expunge.sharding import sharding
 from expunge.signals import descend
 from expunge.training import predict, train
@@ -137,9 +139,24 @@ def diverged() -> State:
     return {"said": gathered(said), "model": halved.state_dict()}
 
 
+def drifted() -> State:
+    """A method with a loop of its own, of which something else comes in each process."""
+
+    def run(model: nn.Module, *_: Any, **__: Any) -> nn.Module:
+        changed = copy.deepcopy(model).to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            for value in changed.state_dict().values():
+                value += ranks().rank
+        return changed
+
+    method = Method("drifting", run, dict, {"default": dict}, frozenset({"nothing"}), "")
+    model = method(network(), Split(forget_classes=(0,), retain=images(8)), seed=0)
+    return {"same": gathered({name: value.tolist() for name, value in model.state_dict().items()})}
+
+
 CASES: dict[str, Callable[[], State]] = {
     "in_memory": in_memory, "streamed": streamed, "stopped": stopped, "answered": answered, "learned": learned,
-    "resumed": resumed, "diverged": diverged,
+    "resumed": resumed, "diverged": diverged, "drifted": drifted,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 from expunge.errors import InputError
@@ -107,9 +107,28 @@ def summed(*mine: float) -> list[float]:
     """Return the sums over all processes."""
     if ranks().size == 1:
         return list(mine)
-    total = torch.tensor(mine, dtype=torch.float64)
+    total = torch.tensor(mine, dtype=torch.float64, device=_meeting_place())
     dist.all_reduce(total)
     return [float(value) for value in total]
+
+
+def _meeting_place() -> torch.device:
+    """Return where tensors lie that the processes' group can send: a group that the caller made may have NCCL alone."""
+    return torch.device("cpu" if "cpu:" in dist.get_backend_config() else "cuda")
+
+
+@torch.no_grad()
+def alike(model: nn.Module) -> nn.Module:
+    """Give `model` the first process's weights and buffers in all.
+
+    Loops that are no `train` run in each process for itself, and on GPUs sums may come out otherwise in each.
+    """
+    if ranks().size > 1:
+        for value in model.state_dict().values():
+            sent = value.contiguous()
+            dist.broadcast(sent, src=0)
+            value.copy_(sent)
+    return model
 
 
 def wait() -> None:

@@ -31,7 +31,7 @@ def shards_of(model: nn.Module) -> nn.Module:
     The blocks of a model are put together one at a time, as they are needed, in the forward and in the backward pass.
 
     Raises:
-        InputError: torch cannot shard this model: it has a scalar parameter, or blocks share one.
+        InputError: torch cannot shard this model: it has a scalar parameter, blocks share one, or gradients have hooks.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard  # as long to import as the rest of torch
@@ -42,6 +42,8 @@ def shards_of(model: nn.Module) -> nn.Module:
     shards = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     owners = Counter(id(parameter) for block in blocks(shards) for parameter in set(block.parameters()))
     why = "a parameter is shared by several of its blocks" if max(owners.values(), default=1) > 1 else None
+    if any(parameter._backward_hooks for parameter in model.parameters()):
+        why = "something acts on its gradients, as a method's mask does, which shares would not see"
     try:
         for block in blocks(shards) if why is None else ():
             fully_shard(block, mesh=mesh)

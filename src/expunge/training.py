@@ -1,4 +1,4 @@
-"""The only loops over batches: `train` and `predict`, on Accelerate. A model runs where its parameters are.
+"""The only loops over batches: `train` and `predict`. A model runs where its parameters are.
 
 Of several processes each has a share of every batch, and all have the result, which is one process's: processes.py.
 """
@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from torch.utils.data import Dataset
@@ -92,7 +92,6 @@ def train(
         raise InputError("expected a model with parameters to train: all of them have requires_grad=False")
     trained = shards_of(model) if sharding() else model
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
-    accelerator = _accelerator()
     mixed = mix(dataset, synthetic, seed)
     loader = loader_of(mixed, config.batch_size, place, shuffle=True)
     if min(config.batch_size, len(mixed)) == 1 and _by_the_batch(model, config):
@@ -108,7 +107,6 @@ def train(
             raise InputError(f"not every process sees the unfinished training in {checkpoint}: share the folder")
         if first_epoch and trained is not model:
             share_out(model, trained, optimizer)
-    optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
     runner: nn.Module | None = None
     loss_of = objective or (lambda logits, batch: F.cross_entropy(logits, batch.labels))
     left = max(0, steps - first_epoch * len(loader))
@@ -145,7 +143,7 @@ def train(
                     if runner is None:
                         layout = fastest_layout(model, batch.images)
                         meter.precision = precision_for(config.precision, model, batch.images)
-                        runner = _shared(accelerator, model, batch.images) if trained is model else trained
+                        runner = _shared(model, batch.images) if trained is model else trained
                     run = partial(answer, runner, precision=meter.precision, recomputes=config.gradient_checkpointing)
                     learn = partial(_learn, run, loss_of, share, layout, backward, batch)
                     running.keep()
@@ -157,7 +155,7 @@ def train(
                             f"lower the learning rate (now {config.lr:g})"
                         )
                     if config.clip_value is not None:
-                        accelerator.clip_grad_value_(parameters, config.clip_value)
+                        nn.utils.clip_grad_value_(parameters, config.clip_value)
                     optimizer.step()
                     scheduler.step()
                     meter.step(loss=value, samples=share.size, correct=correct)
@@ -448,15 +446,6 @@ def kept_statistics(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(buffers[name])
 
 
-def _accelerator() -> Accelerator:
-    """The engine; models and batches are placed here, and precision is the caller's."""
-    return Accelerator(
-        device_placement=False,
-        mixed_precision="no",
-        dataloader_config=DataLoaderConfiguration(split_batches=True),  # a step is one of the schedule
-    )
-
-
 class _Answering(nn.Module):
     """A model that returns its logits alone: whatever else it gives, no gradient comes back from."""
 
@@ -468,18 +457,15 @@ class _Answering(nn.Module):
         return logits_of(self.model(images))
 
 
-def _shared(accelerator: Accelerator, model: nn.Module, images: Tensor) -> nn.Module:
+def _shared(model: nn.Module, images: Tensor) -> nn.Module:
     """Return `model`, or what runs it so that gradients are the mean over all processes."""
     if ranks().size == 1:
         return model
-    accelerator.ddp_handler = DistributedDataParallelKwargs(
-        broadcast_buffers=False,  # statistics are the same everywhere already
-        find_unused_parameters=_has_idle_parameters(model, images[:1]),
-    )
+    idle = _has_idle_parameters(model, images[:1])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        shared: nn.Module = accelerator.prepare_model(_Answering(model))
-    return shared
+        # statistics are the same everywhere already
+        return DistributedDataParallel(_Answering(model), broadcast_buffers=False, find_unused_parameters=idle)
 
 
 def _has_idle_parameters(model: nn.Module, images: Tensor) -> bool:

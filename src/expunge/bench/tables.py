@@ -20,7 +20,7 @@ from expunge.bench.records import read
 from expunge.bench.suites import CONTROLS
 from expunge.evaluation import hardly_known
 from expunge.methods import METHODS
-from expunge.metrics import Interval, mean_interval
+from expunge.metrics import Interval, mean_interval, tug_of_war
 from expunge.verdict import collapsed
 
 Row = Mapping[str, Any]
@@ -35,7 +35,7 @@ COLUMNS: Mapping[str, Any] = {
     "training_seed": WHOLE, "unlearning_seed": WHOLE,
     "retain_per_class": WHOLE, "retain_samples": WHOLE, "forget_samples": WHOLE, "test_samples": WHOLE,
     "original_forget_accuracy": REAL, "original_retain_accuracy": REAL, "original_masked_retain_accuracy": REAL,
-    "retrained_forget_accuracy": REAL, "retrained_retain_accuracy": REAL,
+    "retrained_forget_accuracy": REAL, "retrained_retain_accuracy": REAL, "retrained_test_accuracy": REAL,
     "forget_accuracy": REAL, "retain_accuracy": REAL, "masked_retain_accuracy": REAL, "false_forget_rate": REAL,
     "original_knows": TRUTH, "collapsed_classes": WHOLE,
     "forget_gap": REAL, "retain_gap": REAL, "tug_of_war": REAL, "activation_distance": REAL,
@@ -118,7 +118,9 @@ def row_of(cell: Cell, record: Mapping[str, Any], out: Path) -> Row:
         "zero_retrain_forgetting": _value(after.get("zero_retrain_forgetting")),
     }
     if retrained is not None:
-        row |= {f"retrained_{name}": retrained[name] for name in ("forget_accuracy", "retain_accuracy")}
+        row |= {
+            f"retrained_{name}": retrained[name] for name in ("forget_accuracy", "retain_accuracy", "test_accuracy")
+        }
         row |= {
             "forget_gap": _value(gaps.get("forget_accuracy")),
             "retain_gap": _value(gaps.get("retain_accuracy")),
@@ -441,7 +443,12 @@ def between_retrained(rows: Sequence[Row]) -> tuple[dict[str, float], int]:
 
     No method can be told from retraining by less. Gaps are in points, as in FIGURES; empty where there is one seed.
     """
-    columns = {"forget_gap": "forget_accuracy", "retain_gap": "retain_accuracy", "linear_probe_gap": "linear_probe"}
+    columns = {
+        "forget_gap": "forget_accuracy",
+        "retain_gap": "retain_accuracy",
+        "test_gap": "test_accuracy",
+        "linear_probe_gap": "linear_probe",
+    }
     models = {
         (row["forget"], row["training_seed"]): row for row in rows if row["retrained_retain_accuracy"] is not None
     }
@@ -457,7 +464,9 @@ def between_retrained(rows: Sequence[Row]) -> tuple[dict[str, float], int]:
         }
         for name, gap in gaps.items():
             found.setdefault(name, []).append(100 * gap)
-        found.setdefault("tug_of_war", []).append(math.prod(1 - gaps.get(name, 0.0) for name in list(columns)[:2]))
+        factors = [gaps[name] for name in ("forget_gap", "retain_gap", "test_gap") if name in gaps]
+        if len(factors) == 3:  # as in every method's
+            found.setdefault("tug_of_war", []).append(tug_of_war(factors))
     return {name: fmean(values) for name, values in found.items()}, len(pairs)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from expunge.errors import InputError
 from expunge.journal import Journal
+from expunge.processes import alike
 from expunge.randomness import check_seed
 from expunge.schema import Split
 
@@ -53,4 +54,4 @@ class Method:
     ) -> nn.Module:
         """Return an unlearned copy of `model`, in eval mode; see the function itself, `run`."""
         check_seed(seed)
-        return self.run(model, split, config, seed=seed, journal=journal)
+        return alike(self.run(model, split, config, seed=seed, journal=journal))
