@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+import os
 import random
 import signal
 import time
@@ -13,18 +14,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from filelock import SoftFileLease
 from torch import nn
 
 from expunge.bench import lab as lab_module
+from expunge.bench import runner as runner_module
 from expunge.bench import stale as stale_module
 from expunge.bench.cells import Cell, Item, Original, Tuning, folder_of, with_needs
-from expunge.bench.lab import Lab
+from expunge.bench.lab import WEIGHTS, Done, Lab
 from expunge.bench.records import attempts_of, read
-from expunge.bench.runner import LEASE_SECONDS, Work, _do, _leased, run_cells, submit_cells
+from expunge.bench.runner import (
+    LEASE_SECONDS,
+    Work,
+    _cores,
+    _do,
+    _leased,
+    _share_device,
+    _work_here,
+    run_cells,
+    submit_cells,
+)
 from expunge.bench.stale import stale_items
 from expunge.bench.tables import Row, tidy_rows
 from expunge.data import StreamedImages
 from expunge.errors import DivergedError
+from expunge.files import bytes_writer
 from expunge.methods import METHODS, PRESETS
 from expunge.methods.ssd import SsdConfig
 from expunge.schema import TrainConfig
@@ -108,7 +123,7 @@ def logged(cells: Sequence[Cell], out: Path, log: Path) -> None:
     """Run cells, and write down each item that is really done."""
     do = Lab.do
 
-    def noted(self: Lab, item: Item) -> dict[str, Any]:
+    def noted(self: Lab, item: Item) -> Done:
         with log.open("a", encoding="utf-8") as file:
             file.write(f"{item.id}\n")
         return do(self, item)
@@ -292,22 +307,101 @@ def test_who_lost_the_lease_meanwhile_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: bool
 ) -> None:
     original, out = tiny_cells(tmp_path)[0].original, tmp_path / "out"
-    lock = out / "locks" / f"{original.id}.lock"
+    lock, folder = out / "locks" / f"{original.id}.lock", folder_of(original, out)
 
-    def slow(*_: Any) -> dict[str, Any]:
+    def slow(*_: Any) -> Done:
         held = lock.read_text(encoding="utf-8")
         lock.unlink()
         if taken:
             lock.write_text(held.replace(token, "0" * 32), encoding="utf-8")
-        return {}
+        return Done({}, {folder / WEIGHTS: bytes_writer(b"")})
 
-    with _leased(original, out) as lease:
+    with _leased(original, out, {}) as lease:
         assert lease is not None
         token = str(lease.token)
         monkeypatch.setattr(Lab, "do", slow)
         _do(original, Work([original], out, {}), Lab(out), lease)
         assert lease.compromise is None  # its heartbeat did not see it yet
-    assert read(folder_of(original, out)) is None
+    assert not folder.exists()
+
+
+def test_files_are_there_before_the_record_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, out = tiny_cells(tmp_path)[0].original, tmp_path / "out"
+    folder, replaced = folder_of(original, out), list[str]()
+    rename = Path.replace
+
+    def noted(self: Path, target: Path) -> Path:
+        replaced.append(target.name)
+        return rename(self, target)
+
+    monkeypatch.setattr(Lab, "do", lambda *_: Done({}, {folder / WEIGHTS: bytes_writer(b"weights")}))
+    monkeypatch.setattr(Path, "replace", noted)
+    _work_here(Work([original], out, {}), None)
+    assert replaced == [WEIGHTS, "record.json"]
+    assert (folder / WEIGHTS).read_bytes() == b"weights"
+
+
+@pytest.mark.parametrize("living", [True, False])
+def test_a_lease_of_another_machine_is_taken_over_once_it_gives_no_sign_of_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, living: bool
+) -> None:
+    original, out = tiny_cells(tmp_path)[0].original, tmp_path / "out"
+    lock = out / "locks" / f"{original.id}.lock"
+    lock.parent.mkdir(parents=True)
+    lock.write_text(
+        f"filelock/2\npid=1\nhost=elsewhere\nmode=lease\ntoken={'0' * 32}\nduration=0.4\n", encoding="utf-8"
+    )
+    monkeypatch.setattr(runner_module, "LEASE_SECONDS", 0.4)
+    monkeypatch.setattr(runner_module, "PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(Lab, "do", lambda *_: Done({}))
+    began = time.monotonic()
+
+    def alive() -> bool:
+        if living:
+            os.utime(lock)
+        return time.monotonic() - began < (1.5 if living else 30)
+
+    _work_here(Work([original], out, {}), None, alive)
+    took = time.monotonic() - began
+    assert (read(folder_of(original, out)) is None) == lock.exists() == living
+    assert 0.4 < took < 30
+
+
+def test_a_lease_is_dropped_when_it_is_released(tmp_path: Path) -> None:
+    original, leases = tiny_cells(tmp_path)[0].original, dict[str, SoftFileLease]()
+    for _ in range(2):
+        with _leased(original, tmp_path, leases) as lease:
+            assert lease is leases[original.id]
+            other = dict[str, SoftFileLease]()
+            with _leased(original, tmp_path, other) as second:
+                assert second is None
+            assert list(other) == [original.id]
+        assert not leases
+    with _leased(original, tmp_path, other) as lease:  # who was refused before gets it now
+        assert lease is not None
+
+
+def test_workers_take_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(runner_module, "pick_device", lambda _: torch.device("cuda"))
+    assert [_share_device(None, number, 3) for number in range(3)] == [2, 1, 2]
+    assert taken == [0, 1, 0]
+    assert _share_device("cuda:1", 0, 3) == 3
+    monkeypatch.setattr(runner_module, "pick_device", lambda _: torch.device("cpu"))
+    assert _share_device(None, 0, 3) == 3
+    assert len(taken) == 3
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity here")
+def test_cores_are_those_that_may_be_used() -> None:
+    own = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(own)})
+        assert _cores() == 1
+    finally:
+        os.sched_setaffinity(0, own)
 
 
 def test_a_lease_outlives_a_slow_step() -> None:

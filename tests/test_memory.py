@@ -8,7 +8,9 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -84,11 +86,55 @@ def test_kept_bytes() -> None:
     assert memory.kept_bytes(model.requires_grad_(False), lambda: model(images)) == 0
 
 
-@pytest.mark.parametrize(("limit", "left"), [("max", math.inf), ("1000", 600), ("300", 0), (None, math.inf)])
-def test_the_memory_of_a_container(limit: str | None, left: float, tmp_path: Path) -> None:
-    if limit is not None:
-        (tmp_path / "memory.max").write_text(f"{limit}\n")
-        (tmp_path / "memory.current").write_text("500\n")
-        (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 100\n")
-    assert memory._left_in_group(tmp_path) == left
+def write_group(folder: Path, limit: str, version: int) -> None:
+    """A group that holds 500 bytes and can give 100 back, 10 of them not held by the groups in it."""
+    names = memory.LIMITS_V1 if version == 1 else memory.LIMITS_V2
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text("500\n")
+    (folder / "memory.stat").write_text(f"inactive_file {10 if version == 1 else 100}\ntotal_inactive_file 100\n")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(
+    ("limits", "left"),
+    [
+        ({}, math.inf),
+        ({"": "1000"}, 600),  # a container that sees only its own group, under the path that the host knows
+        ({"job/step": "1000"}, 600),
+        ({"": "5000", "job": "900", "job/step": "1000"}, 500),
+        ({"job": "2000", "job/step": "300"}, 0),
+        ({"job/step/below": "300", "other": "300"}, math.inf),
+    ],
+)
+def test_the_memory_of_a_control_group(limits: dict[str, str], left: float, version: int, tmp_path: Path) -> None:
+    for path, limit in limits.items():
+        write_group(tmp_path / ("memory" if version == 1 else "") / path, limit, version)
+    own = tmp_path / "own"
+    own.write_text("9:name=systemd:/job\n4:hugetlb,memory:/job/step\n0::/\n" if version == 1 else "0::/job/step\n")
+    assert memory._left_in_groups(tmp_path, own) == left
+
+
+def test_the_memory_of_no_control_group(tmp_path: Path) -> None:
+    assert memory._left_in_groups(tmp_path, tmp_path / "missing") == math.inf
+    write_group(tmp_path, "max", 2)
+    (tmp_path / "own").write_text("0::/\n")
+    assert memory._left_in_groups(tmp_path, tmp_path / "own") == math.inf
+
+
+def test_processes_share_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1200))
+    monkeypatch.setattr(memory, "_left_in_groups", lambda *_: math.inf)
+    for name in ("mem_get_info", "memory_reserved", "memory_allocated"):
+        found = {"mem_get_info": (1200, 5000), "memory_reserved": 70, "memory_allocated": 50}[name]
+        monkeypatch.setattr(torch.cuda, name, lambda _, found=found: found)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert (memory.free_bytes(cpu), memory.free_bytes(gpu)) == (1200, 1220)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # each rank has a GPU of its own
+    assert (memory.free_bytes(cpu), memory.free_bytes(gpu)) == (600, 1220)
+    monkeypatch.setenv(memory.SHARERS, "3")
+    assert (memory.free_bytes(cpu), memory.free_bytes(gpu)) == (200, 420)
+
+
+def test_the_memory_of_this_machine() -> None:
     assert 0 < memory.free_bytes(torch.device("cpu")) < 2**50

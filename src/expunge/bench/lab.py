@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,10 +27,11 @@ from expunge.config import as_json, override
 from expunge.data import ImageTable, draw, labels_of, stage, without
 from expunge.errors import DivergedError, InputError
 from expunge.evaluation import environment, evaluate
+from expunge.files import bytes_writer
 from expunge.journal import Journal
 from expunge.methods import METHODS, PRESETS
 from expunge.schema import Preprocessing, Split
-from expunge.weights import save_weights, whole_weights
+from expunge.weights import weights_content, whole_weights
 from expunge.workspace import Workspace, open_workspace
 
 WEIGHTS = "weights.safetensors"
@@ -50,6 +51,14 @@ class Made:
     tuned: Mapping[str, Any] | None = None
 
 
+@dataclass(frozen=True)
+class Done:
+    """What came of an item and is not written yet: who did it may have lost it to another meanwhile."""
+
+    content: Mapping[str, Any]  # of its record
+    files: Mapping[Path, Callable[[Path], None]] = field(default_factory=dict)  # to be there before the record is
+
+
 @dataclass
 class Lab:
     """Does one item after the other. What several of them share is kept for as long as they come in a row."""
@@ -58,13 +67,11 @@ class Lab:
     device: str | None = None
     _kept: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
-    def do(self, item: Original | Reference | Tuning | Cell) -> dict[str, Any]:
-        """Do an item; return what its record shall hold, weights being written already."""
+    def do(self, item: Original | Reference | Tuning | Cell) -> Done:
+        """Do an item; what it trains from scratch is written already, checkpoint by checkpoint."""
         if isinstance(item, Cell):
             return self._run(item)
-        if isinstance(item, Tuning):
-            return self._tune(item)
-        return self._train(item)
+        return Done(self._tune(item) if isinstance(item, Tuning) else self._train(item))
 
     # Models
 
@@ -184,7 +191,7 @@ class Lab:
             "environment": environment(workspace.model),
         }
 
-    def _run(self, cell: Cell) -> dict[str, Any]:
+    def _run(self, cell: Cell) -> Done:
         workspace = self._open(cell.after or cell.original, cell.forget)
         split, sizes = self._split(workspace, cell)
         made = self._unlearn(cell, workspace, split) if cell.judged is None else self._judged(cell, cell.judged)
@@ -224,14 +231,15 @@ class Lab:
             "dims": {name: tensor.ndim for name, tensor in made.model.named_parameters()},
             "judging_seconds": time.perf_counter() - judged,
         }
+        files = {}
         if cell.keep:
-            self._keep(cell, workspace, made.model)
+            files[folder_of(cell, self.out) / WEIGHTS] = bytes_writer(_kept_weights(workspace, made.model))
         record = replace(
             record,
             data=dict(record.data) | {"test_from": workspace.test_from},
             notes=(*workspace.notes, *workspace.held_out_notes(), *record.notes),
         )
-        return as_json(record) | {"bench": bench}  # type: ignore[no-any-return]
+        return Done(as_json(record) | {"bench": bench}, files)
 
     def _unlearn(self, cell: Cell, workspace: Workspace, split: Split) -> Made:
         """Run the cell's method, and measure what it costs."""
@@ -265,22 +273,6 @@ class Lab:
         other = self._open(reference, reference.forget)
         config = {"preset": cell.preset, "settings": []}
         return Made(model=other.model, preprocessing=other.preprocessing, config=config, reads=("retain",))
-
-    def _keep(self, cell: Cell, workspace: Workspace, model: nn.Module) -> None:
-        """Keep weights for the next request; they are there before the record is, which says that they are."""
-        names = workspace.class_names
-        gone = tuple(names[label] for label in sorted({*workspace.gone_before, *workspace.left_out}))
-        metadata = replace(
-            workspace.metadata,
-            model=workspace.spec.text,
-            class_names=names,
-            preprocessing=workspace.preprocessing,
-            forgotten=gone,
-            made_by=f"expunge {__version__} bench",
-            training=None,
-            trained_on=workspace.trained_on,
-        )
-        save_weights(model, folder_of(cell, self.out) / WEIGHTS, metadata)
 
     def _tuned(self, cell: Cell) -> dict[str, Any] | None:
         if cell.tuning is None:
@@ -319,6 +311,23 @@ class Lab:
             role: probe(subject) if role == "after" else self._once(f"probe {role}", key, partial(probe, subject))
             for role, subject in subjects.items()
         }
+
+
+def _kept_weights(workspace: Workspace, model: nn.Module) -> bytes:
+    """Return the weights file that the next request starts from."""
+    names = workspace.class_names
+    gone = tuple(names[label] for label in sorted({*workspace.gone_before, *workspace.left_out}))
+    metadata = replace(
+        workspace.metadata,
+        model=workspace.spec.text,
+        class_names=names,
+        preprocessing=workspace.preprocessing,
+        forgotten=gone,
+        made_by=f"expunge {__version__} bench",
+        training=None,
+        trained_on=workspace.trained_on,
+    )
+    return weights_content(model, metadata)
 
 
 def _known(workspace: Workspace, original: Original) -> ImageTable:

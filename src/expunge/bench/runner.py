@@ -23,12 +23,14 @@ import torch
 from filelock import SoftFileLease, Timeout
 
 from expunge.bench.cells import Cell, Item, folder_of, with_needs
-from expunge.bench.lab import Lab
+from expunge.bench.lab import Done, Lab
 from expunge.bench.records import attempts_of, finite, read, status_of
 from expunge.bench.stale import stale_items
 from expunge.config import as_json
 from expunge.errors import first_line
 from expunge.files import json_writer, write_atomically
+from expunge.memory import SHARERS
+from expunge.workspace import pick_device
 
 LEASE_SECONDS = 60.0  # without a sign of life from another machine until its work is taken over
 PAUSE_SECONDS = 0.5  # between looks at the folder, while others work on all that is left
@@ -107,6 +109,7 @@ def _to_do_again(items: Sequence[Item], out: Path, retry_failed: bool) -> dict[s
 def _work_here(work: Work, told: Told | None, alive: Callable[[], bool] = lambda: True) -> None:
     """Do what is open and nobody else does, until nothing is open."""
     lab = Lab(work.out, work.device)
+    leases: dict[str, SoftFileLease] = {}
     told_of: set[str] = set()
     while open_items := [item for item in work.items if work.settled(item) is None]:
         _tell(work, told, told_of)
@@ -116,7 +119,7 @@ def _work_here(work: Work, told: Told | None, alive: Callable[[], bool] = lambda
                 return
             if any(work.settled(need) is None for need in item.needs) or work.settled(item) is not None:
                 continue
-            with _leased(item, work.out) as lease:
+            with _leased(item, work.out, leases) as lease:
                 if lease is not None and work.settled(item) is None:
                     _do(item, work, lab, lease)
                     did_one = True
@@ -136,17 +139,17 @@ def _tell(work: Work, told: Told | None, told_of: set[str]) -> None:
 
 
 def _do(item: Item, work: Work, lab: Lab, lease: SoftFileLease) -> None:
-    """Do one item and write its record: what came of it, or the error."""
+    """Do one item and write what came of it, its record last: that says that the rest is there. Or the error."""
     folder = folder_of(item, work.out)
     _clear_temporaries(folder)
     started, worked = time.perf_counter(), time.process_time()
-    content: dict[str, Any] = {}
+    done = Done({})
     error: dict[str, Any] | None = None
     failed = [need.id for need in item.needs if work.settled(need) == "failed"]
     try:
         if failed:
             raise NeedError(f"needs {failed[0]}, which failed")
-        content = lab.do(item)
+        done = lab.do(item)
     except Exception as caught:  # noqa: BLE001 (the rest goes on, and the record tells)
         error = {"type": type(caught).__name__, "message": first_line(caught), "traceback": traceback.format_exc()}
     about = {
@@ -162,7 +165,7 @@ def _do(item: Item, work: Work, lab: Lab, lease: SoftFileLease) -> None:
     }
     if _lost(lease):  # stopped for too long: somebody else does it now, and this result is not wanted
         return
-    write_atomically({folder / "record.json": json_writer(finite(content) | {"item": about})})
+    write_atomically({**done.files, folder / "record.json": json_writer(finite(done.content) | {"item": about})})
 
 
 def _lost(lease: SoftFileLease) -> bool:
@@ -180,11 +183,15 @@ class NeedError(RuntimeError):
 
 
 @contextmanager
-def _leased(item: Item, out: Path) -> Iterator[SoftFileLease | None]:
-    """Hold the lease of an item, or give None where somebody else does."""
+def _leased(item: Item, out: Path, leases: dict[str, SoftFileLease]) -> Iterator[SoftFileLease | None]:
+    """Hold the lease of an item, or give None where somebody else does.
+
+    Args:
+        leases: of this process by item, kept from one try to the next: each knows since when another's was unchanged.
+    """
     path = out / "locks" / f"{item.id}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
-    lease = SoftFileLease(path, lease_duration=LEASE_SECONDS)
+    lease = leases.setdefault(item.id, SoftFileLease(path, lease_duration=LEASE_SECONDS))
     try:
         lease.acquire(blocking=False)
     except Timeout:
@@ -194,6 +201,7 @@ def _leased(item: Item, out: Path) -> Iterator[SoftFileLease | None]:
         yield lease
     finally:
         lease.release()
+        del leases[item.id]
 
 
 def leased(out: Path) -> set[str]:
@@ -232,9 +240,9 @@ def _asked(item: Item) -> dict[str, Any]:
 def _work_in_processes(work: Work, jobs: int, told: Told | None) -> None:
     """Start workers on the same items, and tell what they finish."""
     context = multiprocessing.get_context("spawn")  # a forked torch may hang
-    threads = max(1, (os.cpu_count() or 1) // jobs)
     workers = [
-        context.Process(target=_worker, args=(work, threads), name=f"expunge-bench-{number}") for number in range(jobs)
+        context.Process(target=_worker, args=(work, number, jobs), name=f"expunge-bench-{number}")
+        for number in range(jobs)
     ]
     told_of: set[str] = set()
     for worker in workers:
@@ -253,12 +261,27 @@ def _work_in_processes(work: Work, jobs: int, told: Told | None) -> None:
     _tell(work, told, told_of)
 
 
-def _worker(work: Work, threads: int) -> None:
-    """Work, with a share of the cores, until nothing is left or the process that started this one is gone."""
+def _worker(work: Work, number: int, jobs: int) -> None:
+    """Work, with a share of the machine, until nothing is left or the process that started this one is gone."""
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(max(1, _cores() // jobs))
+    os.environ[SHARERS] = str(_share_device(work.device, number, jobs))
     parent = multiprocessing.parent_process()
     _work_here(work, None, alive=lambda: parent is None or parent.is_alive())
+
+
+def _cores() -> int:
+    """Return how many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _share_device(device: str | None, number: int, jobs: int) -> int:
+    """Return how many workers share this one's device; where there are GPUs and none was named, take one in turn."""
+    if device is not None or pick_device(None) != torch.device("cuda"):  # without a number: the current one
+        return jobs
+    gpus = torch.cuda.device_count()
+    torch.cuda.set_device(number % gpus)
+    return len(range(number % gpus, jobs, gpus))
 
 
 # A cluster
