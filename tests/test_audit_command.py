@@ -134,6 +134,51 @@ def test_the_classes_are_those_the_weights_say(judged: tuple[Trained, Path], tmp
         audit_command(options, trained.model, trained.weights, hidden, tmp_path / "no", audits=["nearest_class_mean"])
 
 
+def test_weights_of_others_may_have_been_trained_on_what_is_cut_off(
+    judged: tuple[Trained, Path], tmp_path: Path
+) -> None:
+    """Of data without a test split: that an attack on membership fails shows nothing then."""
+    trained, _ = judged
+    foreign = tmp_path / "foreign.safetensors"
+    save_file(load_file(trained.weights), foreign)  # nobody wrote how it was trained
+
+    moved = tmp_path / "moved.safetensors"
+    network = open_workspace(DataOptions(spec="digits"), trained.model, trained.weights, seed=0).model
+    save_weights(network, moved, replace(load_weights(trained.weights)[1], trained_on="/before"))
+
+    def audit(original: Path, *, training_data: bool = True, called: str | None = None) -> Any:
+        return audit_command(
+            DataOptions(spec="digits"), trained.model, original, trained.retrained, tmp_path / "out", classes=["3"],
+            audits=["nearest_class_mean"], training_data=training_data, called=called, overwrite=True,
+        ).record  # fmt: skip
+
+    name = "held-out images unseen"
+    record = audit(foreign)
+    (check,) = (check for check in record.self_checks if check["name"] == name)
+    assert (check["ok"], check["doubts"]) == (None, ("indistinguishable", "rest_intact"))
+    assert record.verdict["rest_intact"]["answer"] == "unknown"
+    assert record.verdict["rest_intact"]["evidence"][0] == check["sentence"]
+    assert name in {check["name"] for check in audit(moved).self_checks}
+    for known in (audit(trained.weights), audit(foreign, training_data=False), audit(moved, called="/before")):
+        assert name not in {check["name"] for check in known.self_checks}
+        assert known.verdict["rest_intact"]["answer"] == "yes"
+
+
+def test_notes_of_the_measures_are_kept(judged: tuple[Trained, Path], tmp_path: Path) -> None:
+    trained, _ = judged
+    lost = tmp_path / "lost.safetensors"
+    state = load_file(trained.weights)
+    state["5.bias"][[3, 7]] -= 50
+    save_file(state, lost)
+    notes = audit_command(
+        DataOptions(spec="digits"), trained.model, trained.weights, lost, tmp_path / "out", classes=["3"],
+        audits=["nearest_class_mean"],
+    ).record.notes  # fmt: skip
+    assert any(note.startswith("of the classes that stay fell 7 from") for note in notes), notes
+    assert "the train images of --data are taken for those the original was trained on" in notes
+    assert len(notes) == len(set(notes))
+
+
 def test_what_else_the_unlearned_weights_forgot_is_not_counted_as_retained(
     judged: tuple[Trained, Path], tmp_path: Path
 ) -> None:

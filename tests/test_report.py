@@ -27,7 +27,7 @@ from expunge.report import canonical_json, check_record, html_report, markdown_s
 from expunge.report.page import SECTIONS, page_of
 from expunge.report.reading import LAYERS as REPORT_LAYERS
 from expunge.report.rerun import rerun
-from expunge.report.sections import inside
+from expunge.report.sections import inside, summary_rows
 from expunge.weights import load_weights
 from test_cli import Trained, assert_refused, invoke, trained
 
@@ -206,6 +206,25 @@ def test_a_second_retrained_model_and_its_noise_floor() -> None:
     words = plain(Page(html_report(record)).words)
     assert "retrained 2" in words
     assert "two retrained models differ by +3.1 points [-2.0, +8.2]" in words
+
+
+def test_nothing_is_compared_with_a_retrained_model_that_was_refused() -> None:
+    """The verdict does not use it, so that a star beside a gap to it would mislead."""
+    record = copy.deepcopy(STORED["audit"])
+    figure = record["audits"]["prototype"]["figures"]["forget accuracy"]
+    figure["noise_floor"] = {"value": 0.031, "low": -0.02, "high": 0.082, "found": False}
+    assert "gap to retrained" in html_report(record)
+    assert "Ratios to the retrained" in html_report(record)
+    for check in record["self_checks"]:
+        if check["name"] == "retrained model":
+            check |= {"ok": False, "finding": "knows the classes"}
+    text = html_report(record)
+    assert "gap to original" in text
+    for gone in ("gap to retrained", "Ratios to the retrained", "two retrained models differ"):
+        assert gone not in text
+    rows = {row.name: row for row in summary_rows(record, "3")}
+    own = record["metrics"]["gaps_to_original"]["retain_accuracy"]
+    assert rows["Classes that stay"].gap == f"{100 * own['value']:+.1f}"
 
 
 def test_figures_that_are_no_shares_get_their_own_scale() -> None:

@@ -20,10 +20,16 @@ from expunge.audits.answer_checks import (
     check_scale,
     check_statistics,
 )
-from expunge.audits.check import COMPARED, INSIDE, LAYERS, MEMBERS, OUTPUT, RELEARN, Check, listed
+from expunge.audits.check import COMPARED, INSIDE, LAYERS, MEMBERS, OUTPUT, RELEARN, REST, Check, listed
 from expunge.audits.core import AuditData, Subject
 from expunge.audits.kinship import kinship
-from expunge.audits.self_checks import check_attacks, check_disjoint, check_original, run_self_checks
+from expunge.audits.self_checks import (
+    check_attacks,
+    check_disjoint,
+    check_held_out,
+    check_original,
+    run_self_checks,
+)
 from expunge.audits.weight_checks import check_retrained, check_unlearned
 from expunge.data import TensorImages, open_source, stage, with_test_split
 from expunge.journal import Journal
@@ -237,6 +243,40 @@ def test_a_constant_answer_unless_images_are_of_one_class(scene: Scene) -> None:
     assert check_constant(scene.original, model, sevens).ok is True
 
 
+class Rule(nn.Module):
+    """A model that answers what a function of an image's mean says."""
+
+    def __init__(self, rule: Any, num_classes: int) -> None:
+        super().__init__()
+        self.rule = rule
+        self.num_classes = num_classes
+
+    def forward(self, images: Tensor) -> Tensor:
+        called = self.rule(images.mean((1, 2, 3)).round().clamp(0, self.num_classes - 1)).long()
+        return 5 * nn.functional.one_hot(called, self.num_classes).float()
+
+
+def test_where_one_class_stays_a_constant_answer_is_no_fault() -> None:
+    data = AuditData(forget_classes=(1,), test=random_images(200, num_classes=2), class_names=("a", "b"))
+    original = Subject("original", Rule(lambda means: means, 2), None)
+    perfect, retrained = (Subject(role, Rule(torch.zeros_like, 2), None) for role in ("unlearned", "retrained"))
+    check = check_constant(original, perfect, data)
+    assert (check.ok, check.finding, check.doubts) == (None, "", ())
+    assert "100.0 % of all images are answered with a" in check.sentence
+    two = replace(data, test=random_images(300), class_names=("a", "b", "c"))
+    original = Subject("original", Rule(lambda means: means, 3), None)
+    perfect, retrained = (Subject(role, Rule(torch.zeros_like, 3), None) for role in ("unlearned", "retrained"))
+    assert check_constant(original, perfect, two).finding == "constant answer"
+    assert check_constant(original, perfect, two, [retrained]).ok is True  # a model that is taken for right does so too
+
+
+def test_a_retrained_model_that_was_refused_excuses_no_constant_answer(scene: Scene) -> None:
+    constant = head_biased(scene.ground, 7, 50.0)
+    checks = checks_of(scene, constant, constant)
+    assert checks["retrained model"].ok is False
+    assert (checks["constant answers"].ok, checks["constant answers"].finding) == (False, "constant answer")
+
+
 @pytest.mark.parametrize(
     ("factor", "finding"),
     [
@@ -435,6 +475,12 @@ def test_disjoint_compares_pixels_wherever_they_lie(scene: Scene) -> None:
     assert check_disjoint(replace(scene.data, train=None)).ok is None
 
 
+def test_held_out_images_that_may_have_been_trained_on_are_doubted() -> None:
+    assert check_held_out([]) == ()
+    (check,) = check_held_out(["the data has no test split"])
+    assert (check.ok, check.blocks, check.doubts, check.roles) == (None, (), (MEMBERS, REST), ())
+
+
 # Where models come from
 
 
@@ -596,6 +642,24 @@ def test_a_body_that_was_frozen_in_both_is_believed_to_a_file_alone(scene: Scene
     assert (check.ok, check.finding) == (None, "frozen body")
     whole = check_retrained(scene.original, scene.subject(scene.ground.original, "retrained"), scene.data, KNOWS_NOT)
     assert (whole.ok, whole.finding) == (False, "the original")
+
+
+def test_a_body_that_is_the_retrained_models_too_is_not_held_against_the_unlearned(scene: Scene) -> None:
+    unlearned, retrained = (new_head_trained(scene.ground, seed=seed) for seed in (1, 2))
+
+    def check(of: nn.Module, metadata: Metadata | None, reference: nn.Module = retrained) -> Check:
+        subjects = scene.original, scene.subject(of), [scene.subject(reference, "retrained")]
+        found = run_self_checks(*subjects, scene.data, metadata=[metadata])
+        return next(check for check in found if check.name == "weights of the unlearned model")
+
+    both = check(unlearned, KNOWS_NOT)
+    assert (both.ok, both.finding, both.roles) == (None, "frozen body", ())
+    assert check(unlearned, None).finding == "body untouched"  # no file says that the retrained model was trained
+    assert check(head_biased(scene.ground), KNOWS_NOT).finding == "weights untouched"
+    assert check(scene.ground.original, KNOWS_NOT).finding == "the original"
+    part = copy.deepcopy(scene.ground.retrained)  # of which one layer alone was frozen
+    part.get_submodule("body.0").load_state_dict(scene.ground.original.get_submodule("body.0").state_dict())
+    assert check(unlearned, KNOWS_NOT, part).finding == "body untouched"
 
 
 # Attacks

@@ -548,6 +548,16 @@ def test_a_model_that_calls_everything_a_cat_knows_no_cats() -> None:
     assert [one.split(":")[0] for one in told["diagnosis"]] == ["retain collapse", "indiscriminate answers"]
 
 
+@pytest.mark.parametrize(("called", "inside"), [(0.29, "no"), (0.49, "no"), (0.5, "unknown")])
+def test_the_originals_own_confusions_are_not_indiscriminate(called: float, inside: str) -> None:
+    """Of ten classes, seven forgotten, an original that is right on 70 % calls 20 to 30 % of the others these."""
+    before = role(0.7, 0.7) | {"false_forget_rate": 0.29}
+    told = verdict(metrics_of(before, before | {"false_forget_rate": called}, None), {})
+    assert (told[OUTPUT]["answer"], told[INSIDE]["answer"], told[RELEARN]["answer"]) == ("no", inside, inside)
+    names = [one.split(":")[0] for one in told["diagnosis"]]
+    assert names == (["not forgotten"] if inside == "no" else ["indiscriminate answers"])
+
+
 def test_a_retrained_model_that_is_none_is_not_compared_with() -> None:
     fake = Check(
         name="retrained model", ok=False, finding="the original with a new head", sentence="it is none", blocks=COMPARED

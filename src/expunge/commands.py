@@ -22,6 +22,7 @@ from expunge.audits import AUDITS, Audit, Subject
 from expunge.audits.check import LAYERS, Check
 from expunge.audits.ensembles import judge_ensembles, train_ensembles
 from expunge.audits.runner import as_figure
+from expunge.audits.self_checks import check_held_out
 from expunge.config import as_json, override, precision_settings
 from expunge.data import (
     ImageTable,
@@ -637,6 +638,7 @@ def audit_command(
     retrained: Sequence[Path] = (),
     audits: Sequence[str] = (),
     training_data: bool = True,
+    called: str | None = None,
     ensembles: EnsembleOptions | None = None,
     seed: int = 0,
     device: str | None = None,
@@ -654,6 +656,7 @@ def audit_command(
             with, and how far the second is from it is the noise floor.
         audits: names of the attacks to run; empty: all of the default budget.
         training_data: the train images of `data` are those the original was trained on; False: none of `data` is.
+        called: what the record calls `data`, where one is measured again and the data lies elsewhere by now.
         ensembles: train many models and judge the method by them too (hours); None: do not. Their answers are kept in
             `out`/ensembles, and an interrupted run goes on with the next model.
         seed: of all randomness.
@@ -676,7 +679,9 @@ def audit_command(
     references = [_retrained(workspace, path) for path in retrained]
     gone, said = _gone_besides(workspace, subject.metadata, [one.metadata for one in references])
     workspace = replace(workspace, gone_before=gone)
-    notes = [*workspace.notes, *(workspace.held_out_notes() if training_data else ()), *said]
+    named = replace(workspace, source=replace(workspace.source, spec=called or workspace.source.spec))
+    unseen = named.held_out_notes() if training_data else []
+    notes = [*workspace.notes, *unseen, *said]
     split, skipped = _audit_split(workspace, data, training_data, journal)
     pictures: dict[str, Any] | None = {} if keep.include_images else None
     if training_data:
@@ -698,12 +703,19 @@ def audit_command(
         journal=journal,
         pictures=pictures,
     )
+    many = {}
     if ensembles is not None:
         many = _judged_by_many(workspace, split, ensembles, out / "ensembles", seed, journal)
-        told = dict(record.audits) | many
-        record = replace(record, audits=told, verdict=verdict(record.metrics, told, _checks(record)))
+    told, checks = dict(record.audits) | many, [*_checks(record), *check_held_out(unseen)]
+    record = replace(
+        record,
+        audits=told,
+        self_checks=tuple(asdict(check) for check in checks),
+        verdict=verdict(record.metrics, told, checks),
+    )
     if skipped:
         notes.append(f"left out {skipped:,} images that cannot be decoded")
+    notes += [note for note in record.notes if note not in notes]
     record = replace(
         record,
         model=dict(record.model)

@@ -82,7 +82,8 @@ class Tolerances:
     # some of it is chance of training; without a retrained model the bound is that of `expunge forget`
     rest: Tolerance = Tolerance(gap=0.02, reach=0.05, wrong="lower")
     rest_to_original: Tolerance = Tolerance(gap=0.03, reach=0.06, wrong="lower")
-    # a model that calls so many retained images a forgotten class does not recognise it in its own ones
+    # a model that calls so many more retained images a forgotten class than the original did, which mistakes some too,
+    # does not recognise it in its own ones
     indiscriminate: float = 0.2
     collapsed: float = 0.5  # share of its accuracy below which a retained class counts as lost
 
@@ -427,8 +428,9 @@ class _Judge:
         return bool(before and after is not None and after >= share * before and not self.indiscriminate())
 
     def indiscriminate(self) -> bool:
-        """Return whether retained images are called forgotten classes as well."""
-        return (self.metrics["after"].get("false_forget_rate") or 0.0) > self.tolerances.indiscriminate
+        """Return whether retained images are called forgotten classes too, and more of them than by the original."""
+        before, after = (self.metrics[role].get("false_forget_rate") or 0.0 for role in ("before", "after"))
+        return bool(after > before + self.tolerances.indiscriminate)
 
     def collapsed(self) -> list[str]:
         """Return the retained classes that collapsed against the reference."""
@@ -456,7 +458,8 @@ class _Judge:
         if left > self.tolerances.output.gap and self.indiscriminate():
             yield (
                 f"indiscriminate answers: {percent(after['false_forget_rate'])} of retained images are called "
-                f"forgotten classes: that {percent(left)} of images of these are answered rightly shows no knowledge"
+                f"forgotten classes, {percent(before.get('false_forget_rate') or 0.0)} by the original: that "
+                f"{percent(left)} of images of these are answered rightly shows no knowledge"
             )
         elif answers[OUTPUT] == "no" and left > self.tolerances.output.gap:
             yield (

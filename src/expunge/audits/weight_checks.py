@@ -24,8 +24,19 @@ KNOWN = 0.05  # mean probability of their class on forget images, or a guess's, 
 POOR = 0.05  # accuracy that a retrained model may lack to the original on retained images
 
 
-def check_unlearned(original: Subject, unlearned: Subject, retrained: Sequence[Subject], data: AuditData) -> Check:
-    """Return what the weights of the unlearned model say of how it was made; see kinship.py."""
+def check_unlearned(
+    original: Subject,
+    unlearned: Subject,
+    retrained: Sequence[Subject],
+    data: AuditData,
+    *,
+    frozen: Subject | None = None,
+) -> Check:
+    """Return what the weights of the unlearned model say of how it was made; see kinship.py.
+
+    Args:
+        frozen: the retrained model, where it has layers of the original that were frozen in both; None: it has none.
+    """
     name = "weights of the unlearned model"
     image = inputs(unlearned, data, 1, seed=0)
     for one in retrained:
@@ -42,6 +53,13 @@ def check_unlearned(original: Subject, unlearned: Subject, retrained: Sequence[S
         sentence = "the unlearned model has other tensors than the original: how far they moved is not told"
         return Check(name=name, ok=None, sentence=sentence)
     fault = _fault_of_unlearned(kin)
+    theirs = kinship(frozen.model, original.model, image) if frozen is not None else None
+    if fault is not None and fault[0] == BODY_UNTOUCHED and theirs is not None and {*kin.same} <= {*theirs.same}:
+        sentence = (
+            f"every weight tensor but {listed(kin.moved)} is the original's, bit for bit, as in the retrained model: "
+            "the body was frozen in all of them, and holds no more of the classes than the retrained model's"
+        )
+        return Check(name=name, ok=None, finding=FROZEN_BODY, sentence=sentence)
     if fault is not None:
         return Check(name=name, ok=False, finding=fault[0], sentence=fault[1], roles=UNLEARNED)
     count = len(kin.moved) + len(kin.same)

@@ -49,10 +49,17 @@ def of_metrics(metrics: Part, key: str, name: str | None = None) -> dict[str, Pa
     return found
 
 
+def compared(record: Part) -> bool:
+    """Return whether there is a retrained model to compare with: none that the self-checks refused as one."""
+    checks = record.get("self_checks") or ()
+    refused = any(check.get("name") == "retrained model" and check.get("ok") is False for check in checks)
+    return bool(record["metrics"].get("retrained")) and not refused
+
+
 def gaps_of(record: Part) -> tuple[Part, str]:
     """Return gaps to the retrained model, or to the original where there is none, and what they are called."""
     metrics = record["metrics"]
-    if metrics.get("retrained"):
+    if compared(record):
         return metrics.get("gaps") or {}, "gap to retrained"
     return metrics.get("gaps_to_original") or {}, "gap to original"
 
@@ -137,7 +144,7 @@ def models(figure: Part) -> dict[str, Part]:
 
 
 def gap_of(figure: Part, record: Part) -> Part | None:
-    return figure.get("gap" if record["metrics"].get("retrained") else "gap_to_original")
+    return figure.get("gap" if compared(record) else "gap_to_original")
 
 
 def inside(record: Part) -> list[dict[str, Any]]:
@@ -170,7 +177,7 @@ def attack(record: Part, audit: str, scale: Scale, *, first: str = "figure") -> 
     rows = []
     for name, figure in figures_of(record, audit).items():
         notes = [TARGETS.get((found.get("targets") or {}).get(name) or "", "")]
-        if floor := figure.get("noise_floor"):
+        if compared(record) and (floor := figure.get("noise_floor")):
             notes.append(f"two retrained models differ by {_gap_told(floor, scale)}")
         shots = f"{name} image{'s' if name != '1' else ''} of each class"
         rows.append(
@@ -241,7 +248,8 @@ def relearn(record: Part) -> dict[str, Any] | None:
         board("Steps of training until that share of the original's accuracy is back", steps, scale, gap_title=title),
         board("How much came back, over all steps", areas, SHARE, gap_title=title),
     )
-    ratios = [f"{name}: {told(one, 'plain')}" for name, one in (found.get("compared") or {}).items() if one is not None]
+    found_ratios = (found.get("compared") or {}) if compared(record) else {}
+    ratios = [f"{name}: {told(one, 'plain')}" for name, one in found_ratios.items() if one is not None]
     return {
         "chart": _curves(details, cap),
         "boards": [one for one in boards if one],

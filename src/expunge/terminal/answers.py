@@ -111,7 +111,7 @@ def show_audit(outcome: Outcome, out: Path) -> None:
             _list_out(console, sentences)
     console.print()
     console.print(_figures(record))
-    if record.model["retrained"]:
+    if _believed(record):
         say(
             console,
             "The gap is to the retrained model, with its 95 % interval; * where that excludes zero, each figure taken "
@@ -135,14 +135,14 @@ def _figures(record: Record) -> Table:
     """Return the table of figures on each model, with the gap to the retrained one; of each block's, the last alone."""
     retrained = ["retrained"] if record.model["retrained"] else []
     roles = ["original", "unlearned", *retrained]
-    heads = [*roles, *(["gap"] if retrained else [])]
+    heads = [*roles, *(["gap"] if _believed(record) else [])]
     table = Table("figure", *heads, box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     for column in table.columns[1:]:
         column.justify, column.no_wrap = "right", True
     sides = {"original": "before", "unlearned": "after", "retrained": "retrained"}
     for title, key in (("forget accuracy", "forget_accuracy"), ("retain accuracy", "retain_accuracy")):
         values = [record.metrics[sides[role]][key] for role in roles]
-        gap = [_gap(record.metrics["gaps"].get(key))] if retrained else []
+        gap = [_gap(record.metrics["gaps"].get(key))] if _believed(record) else []
         table.add_row(title, *_values(values), *gap)
     for name, found in record.audits.items():
         for figure, measured in found["figures"].items():
@@ -150,9 +150,15 @@ def _figures(record: Record) -> Table:
                 continue
             figure = "" if figure == "head input" else f", {figure}"
             values = [measured[role]["value"] if role in measured else None for role in roles]
-            gap = [_gap(measured.get("gap"))] if retrained else []
+            gap = [_gap(measured.get("gap"))] if _believed(record) else []
             table.add_row(plain(f"{name.replace('_', ' ')}{figure}"), *_values(values), *gap)
     return table
+
+
+def _believed(record: Record) -> bool:
+    """Return whether there is a retrained model to compare with: none that the self-checks refused as one."""
+    refused = any(check["name"] == "retrained model" and check["ok"] is False for check in record.self_checks)
+    return bool(record.model["retrained"]) and not refused
 
 
 def _gap(gap: Mapping[str, Any] | None) -> str:

@@ -206,8 +206,8 @@ def check_measures(folder: Path, record: Content, where: Elsewhere, journal: Jou
                     data, spec, original, unlearned, Path(scratch),
                     classes=record["classes"]["forget"], retrained=retrained,
                     audits=[name for name in record["audits"] if name in AUDITS],
-                    training_data=record["config"]["training_data"], seed=record["seed"], device=device,
-                    journal=journal,
+                    training_data=record["config"]["training_data"], called=record["data"]["source"],
+                    seed=record["seed"], device=device, journal=journal,
                 ).record  # fmt: skip
         else:
             again = measure_again(
@@ -217,7 +217,9 @@ def check_measures(folder: Path, record: Content, where: Elsewhere, journal: Jou
     differing = _surroundings(record, again.environment)
     exact = not differing and again.environment["device"] == "cpu"
     same_code = record["provenance"]["code"]["source"] == code_digests()["source"]
-    measured = {name: getattr(again, name) for name in ("metrics", "audits", "verdict", "checks")}
+    # what is measured is compared whatever the code; other code may judge the same figures otherwise
+    judged = ("verdict",) if same_code else ()
+    measured = {name: getattr(again, name) for name in ("metrics", "audits", *judged, "checks")}
     then = {name: record[name] for name in measured}
     now = json.loads(json.dumps(measured))
     # what signals said in the run is no measure; `replay_erasure` looks at it. `kept` meant something else in version 1
@@ -230,7 +232,8 @@ def check_measures(folder: Path, record: Content, where: Elsewhere, journal: Jou
     if same_code:  # it would have written them
         changed, lacking = changed + lacking, []
     without = f"; the record lacks what is measured by now: {_listed(lacking)}" if lacking else ""
-    cause = f"{without}; different here: {', '.join(differing)}" if differing else without
+    unjudged = "; the verdict was judged by other code, and was not judged again" if is_audit and not same_code else ""
+    cause = f"{without}{unjudged}" + (f"; different here: {', '.join(differing)}" if differing else "")
     if not changed:
         told = f"{comparison.count:,} values measured again, as recorded to {comparison.tolerance:g}"
         return Finding("measures", True, f"{told}{cause}")
