@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import io
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -699,8 +701,10 @@ def test_hub_data_set(tmp_path: Path) -> None:
     assert source.test.labels.tolist() == [0]
 
 
-def test_torchvision_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchvision_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torchvision.datasets
+
+    monkeypatch.setenv("TORCHVISION_DATA", str(tmp_path))
 
     class Small:  # what CIFAR10, MNIST and their kin have in common, without the download
         classes = ("cat", "dog")
@@ -719,6 +723,47 @@ def test_torchvision_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reds(source.train) == [10, 20, 30]
     with pytest.raises(InputError, match="torchvision has no data set 'Nothing'"):
         open_source("torchvision:Nothing")
+
+
+def test_torchvision_downloads_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torchvision.datasets
+
+    class Slow:
+        inside = most = 0
+        targets = (0, 1)
+
+        def __init__(self, _root: Path, *, train: bool, download: bool) -> None:
+            Slow.inside += 1
+            Slow.most = max(Slow.most, Slow.inside)
+            time.sleep(0.05)
+            Slow.inside -= 1
+
+    monkeypatch.setattr(torchvision.datasets, "Slow", Slow, raising=False)
+    monkeypatch.setenv("TORCHVISION_DATA", str(tmp_path / "not" / "there"))
+    with ThreadPoolExecutor(3) as threads:  # a lock of one of them keeps the others out as it does other processes
+        sources = list(threads.map(open_source, ["torchvision:Slow"] * 3))
+    assert [len(source.train) for source in sources] == [2, 2, 2]
+    assert Slow.most == 1
+    # where no lock can be made, as on a disk that is read only, data that is there is still opened
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHVISION_DATA", str(tmp_path / "file"))
+    assert len(open_source("torchvision:Slow").train) == 2
+
+
+def test_a_failed_torchvision_download_is_told_and_lets_others_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torchvision.datasets
+
+    class Broken:
+        def __init__(self, _root: Path, *, train: bool, download: bool) -> None:
+            raise RuntimeError("File not found or corrupted.")
+
+    monkeypatch.setattr(torchvision.datasets, "Broken", Broken, raising=False)
+    monkeypatch.setenv("TORCHVISION_DATA", str(tmp_path))
+    for _ in range(2):
+        with pytest.raises(InputError, match="cannot load torchvision:Broken into .*: File not found or corrupted"):
+            open_source("torchvision:Broken")
 
 
 # Holding out

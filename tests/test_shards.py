@@ -127,6 +127,54 @@ def test_splits_are_told_by_the_names_of_files(kind: str, tmp_path: Path) -> Non
     assert (len(source.train), len(source.test)) == (40, 10)
 
 
+@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("held_out", ["val", "validation", "test"])
+@pytest.mark.parametrize("pattern", ["", "/*/*.{kind}", "/**/*.{kind}", "/[tv]*/*.{kind}"])
+@pytest.mark.parametrize("place", ["{bucket}", "file://{folder}", "{folder}"])
+def test_splits_are_told_by_the_folders_below_a_pattern(
+    kind: str, held_out: str, pattern: str, place: str, tmp_path: Path, bucket: str
+) -> None:
+    root = place.format(bucket=bucket, folder=tmp_path / "train-and-test")  # which says nothing
+    WRITERS[kind](f"{root}/train", samples(40), "part")
+    WRITERS[kind](f"{root}/{held_out}", samples(10), "part")
+    source = open_source(root + pattern.format(kind=kind))
+    assert source.test is not None
+    assert (len(source.train), len(source.test)) == (40, 10)
+    assert source.notes == ()
+
+
+@pytest.mark.parametrize("pattern", ["train/*.parquet", "val/*.parquet", "val/part-0000[0-9].parquet"])
+def test_folders_before_the_first_wildcard_say_no_split(pattern: str, tmp_path: Path) -> None:
+    write_parquet(str(tmp_path / "train"), samples(40), "part")
+    write_parquet(str(tmp_path / "val"), samples(10), "part")
+    source = open_source(str(tmp_path / pattern))
+    assert len(source.train) == (40 if pattern.startswith("train") else 10)
+    assert source.test is None
+
+
+@pytest.mark.parametrize("pattern", ["", "/*.parquet"])
+def test_files_of_no_split_beside_those_of_one_are_told(pattern: str, tmp_path: Path) -> None:
+    write_parquet(str(tmp_path), samples(40))
+    write_parquet(str(tmp_path), samples(10), "extra")
+    source = open_source(f"{tmp_path}{pattern}")
+    assert (len(source.train), source.test) == (40, None)
+    assert source.notes == ("left out 1 file of another split, or of none, by its name: 'extra-00000.parquet'",)
+    write_parquet(str(tmp_path), samples(10), "test")
+    write_parquet(str(tmp_path), samples(10), "val")
+    (told,) = open_source(f"{tmp_path}{pattern}").notes
+    assert told == "left out 2 files of another split, or of none, by their names, 'extra-00000.parquet' for one"
+
+
+def test_files_of_no_split_are_the_train_split_before_any_held_out_ones(tmp_path: Path) -> None:
+    write_parquet(str(tmp_path), samples(10), "a-val")
+    write_parquet(str(tmp_path), samples(40), "part")
+    write_parquet(str(tmp_path), samples(20), "test")
+    source = open_source(str(tmp_path))
+    assert source.test is not None
+    assert (len(source.train), len(source.test)) == (40, 20)
+    assert source.notes == ("left out 1 file of another split, or of none, by its name: 'a-val-00000.parquet'",)
+
+
 def test_labels_in_a_json_and_as_text(tmp_path: Path) -> None:
     write_tars(str(tmp_path / "json"), samples(), as_json=True)
     source = open_source(str(tmp_path / "json"))

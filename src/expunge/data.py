@@ -15,13 +15,14 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
@@ -288,6 +289,7 @@ def open_source(
     elif found := _find_shards(spec):
         opener = _open_parquet if found.kind == ".parquet" else _open_tars
         tables, names, named = opener(found, label_column, image_column)
+        notes = found.notes
         has_columns = True
     elif Path(spec).is_dir():
         tables, names, notes = _open_folders(Path(spec))
@@ -461,6 +463,7 @@ class _Shards:
     kind: str  # .parquet or .tar
     system: Any  # the fsspec file system that opens them
     parts: Mapping[str, Sequence[str]]  # their paths in it, by split (train, test)
+    notes: tuple[str, ...]  # what to say of those that are in neither
 
 
 def _find_shards(spec: str) -> _Shards | None:
@@ -477,18 +480,33 @@ def _find_shards(spec: str) -> _Shards | None:
         paths = sorted(system.glob(root) if pattern else [root] if system.isfile(root) else _below(system, root))
     except Exception as error:  # each cloud's client raises its own kinds
         raise InputError(f"cannot list the data at {spec!r}: {first_line(error)}") from error
+    # the folder that was asked for: a split word in it says nothing, for all files are below it
+    asked = re.split(r"[*?[]", root)[0] if pattern else root
+    if pattern or paths == [root]:
+        asked = asked.rpartition("/")[0]
     for kind in SHARDS:
         groups: dict[str, list[str]] = {}
         for path in paths:
-            name = path.rpartition("/")[2] if pattern or path == root else path[len(root) :]
             if path.endswith(kind) and not _hidden(path.rpartition("/")[2]):
-                groups.setdefault(_split_word(name), []).append(path)
+                groups.setdefault(_split_word(path[len(asked) :]), []).append(path)
         if groups:
-            parts = {part: groups[group] for part, group in _choose_splits(list(groups), others=True).items()}
-            return _Shards(spec, kind, system, parts)
+            # sorted: files without a split word come first, to be the train split where no file is called so
+            chosen = _choose_splits(sorted(groups), others=True)
+            others = [path for group, own in groups.items() if group not in chosen.values() for path in own]
+            notes = _other_splits([path[len(asked) :].lstrip("/") for path in others])
+            return _Shards(spec, kind, system, {part: groups[group] for part, group in chosen.items()}, notes)
     if "://" in spec:
         raise InputError(f"found no parquet or tar files at {spec!r}")
     return None
+
+
+def _other_splits(others: Sequence[str]) -> tuple[str, ...]:
+    """Return what to say of files that are taken for neither split; nothing, where there are none."""
+    if not others:
+        return ()
+    if len(others) == 1:
+        return (f"left out 1 file of another split, or of none, by its name: {others[0]!r}",)
+    return (f"left out {len(others):,} files of another split, or of none, by their names, {others[0]!r} for one",)
 
 
 def _below(system: Any, root: str) -> list[str]:
@@ -822,7 +840,8 @@ def _open_torchvision(name: str) -> Opened:
         raise InputError(f"torchvision has no data set {name!r}; see its documentation for the names")
     root = Path(os.environ.get("TORCHVISION_DATA", Path.home() / ".cache" / "torchvision"))
     try:
-        parts = {"train": maker(root, train=True, download=True), "test": maker(root, train=False, download=True)}
+        with _one_at_a_time(root):
+            parts = {"train": maker(root, train=True, download=True), "test": maker(root, train=False, download=True)}
     except TypeError:
         raise InputError(f"torchvision:{name} does not come as labelled train and test images") from None
     except (OSError, RuntimeError) as error:
@@ -845,6 +864,23 @@ def _open_torchvision(name: str) -> Opened:
         tuple(str(class_name) for class_name in names),
         stated is not None,
     )
+
+
+@contextmanager
+def _one_at_a_time(root: Path) -> Iterator[None]:
+    """Let one process after the other download into a folder: torchvision writes files where others look for them.
+
+    The lock is in the folder, for the one above may not be writable. A folder where it cannot be made may hold the data
+    already; if it does not, torchvision says what is wrong.
+    """
+    lock = FileLock(root / ".expunge.lock")
+    with suppress(OSError):
+        root.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()  # does nothing where it is not held
 
 
 # Classes and samples
