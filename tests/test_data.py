@@ -732,7 +732,7 @@ def test_torchvision_downloads_one_at_a_time(tmp_path: Path, monkeypatch: pytest
         inside = most = 0
         targets = (0, 1)
 
-        def __init__(self, _root: Path, *, train: bool, download: bool) -> None:
+        def __init__(self, _root: Path, **_options: bool) -> None:
             Slow.inside += 1
             Slow.most = max(Slow.most, Slow.inside)
             time.sleep(0.05)
@@ -756,13 +756,13 @@ def test_a_failed_torchvision_download_is_told_and_lets_others_in(
     import torchvision.datasets
 
     class Broken:
-        def __init__(self, _root: Path, *, train: bool, download: bool) -> None:
+        def __init__(self, _root: Path, **_options: bool) -> None:
             raise RuntimeError("File not found or corrupted.")
 
     monkeypatch.setattr(torchvision.datasets, "Broken", Broken, raising=False)
     monkeypatch.setenv("TORCHVISION_DATA", str(tmp_path))
     for _ in range(2):
-        with pytest.raises(InputError, match="cannot load torchvision:Broken into .*: File not found or corrupted"):
+        with pytest.raises(InputError, match=r"cannot load torchvision:Broken into .*: File not found or corrupted"):
             open_source("torchvision:Broken")
 
 
