@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -247,3 +247,9 @@ class Predictions:
 
     logits: Tensor
     labels: Tensor
+
+
+def has_retrained(metrics: Mapping[str, Any], self_checks: Iterable[Mapping[str, Any]]) -> bool:
+    """Return whether there is a retrained model to compare with, in a record's parts: none that was refused as one."""
+    refused = any(check["name"] == "retrained model" and check["ok"] is False for check in self_checks)
+    return bool(metrics.get("retrained")) and not refused

@@ -60,7 +60,7 @@ def page_of(record: Part, pictures: Part | None = None) -> dict[str, Any]:
     return {
         "edited": EDITED if edited else None,
         "audited": bool(verdict),
-        "compared": bool(record["metrics"].get("retrained")),
+        "compared": sections.compared(record),
         "title": _title(forget, audited=bool(verdict)),
         "model": (record.get("model") or {}).get("spec"),
         "cell": (record.get("item") or {}).get("id"),

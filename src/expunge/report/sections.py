@@ -26,7 +26,7 @@ from expunge.report.figures import (
     sentence,
     told,
 )
-from expunge.schema import TRIAL_WORDS
+from expunge.schema import TRIAL_WORDS, has_retrained
 
 Part = Mapping[str, Any]
 
@@ -50,10 +50,8 @@ def of_metrics(metrics: Part, key: str, name: str | None = None) -> dict[str, Pa
 
 
 def compared(record: Part) -> bool:
-    """Return whether there is a retrained model to compare with: none that the self-checks refused as one."""
-    checks = record.get("self_checks") or ()
-    refused = any(check.get("name") == "retrained model" and check.get("ok") is False for check in checks)
-    return bool(record["metrics"].get("retrained")) and not refused
+    """Return whether figures stand beside those of a retrained model, and not of the original."""
+    return has_retrained(record["metrics"], record.get("self_checks") or ())
 
 
 def gaps_of(record: Part) -> tuple[Part, str]:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from expunge.ledger import NAME as LEDGER
-from expunge.schema import TRIAL_WORDS
+from expunge.schema import TRIAL_WORDS, has_retrained
 from expunge.terminal.words import duration, percent, plain, say
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def show_audit(outcome: Outcome, out: Path) -> None:
             _list_out(console, sentences)
     console.print()
     console.print(_figures(record))
-    if _believed(record):
+    if has_retrained(record.metrics, record.self_checks):
         say(
             console,
             "The gap is to the retrained model, with its 95 % interval; * where that excludes zero, each figure taken "
@@ -133,16 +133,16 @@ def _list_out(console: Console, sentences: Sequence[str]) -> None:
 
 def _figures(record: Record) -> Table:
     """Return the table of figures on each model, with the gap to the retrained one; of each block's, the last alone."""
-    retrained = ["retrained"] if record.model["retrained"] else []
-    roles = ["original", "unlearned", *retrained]
-    heads = [*roles, *(["gap"] if _believed(record) else [])]
+    roles = ["original", "unlearned", *(["retrained"] if record.model["retrained"] else [])]
+    compared = has_retrained(record.metrics, record.self_checks)
+    heads = [*roles, *(["gap"] if compared else [])]
     table = Table("figure", *heads, box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     for column in table.columns[1:]:
         column.justify, column.no_wrap = "right", True
     sides = {"original": "before", "unlearned": "after", "retrained": "retrained"}
     for title, key in (("forget accuracy", "forget_accuracy"), ("retain accuracy", "retain_accuracy")):
         values = [record.metrics[sides[role]][key] for role in roles]
-        gap = [_gap(record.metrics["gaps"].get(key))] if _believed(record) else []
+        gap = [_gap(record.metrics["gaps"].get(key))] if compared else []
         table.add_row(title, *_values(values), *gap)
     for name, found in record.audits.items():
         for figure, measured in found["figures"].items():
@@ -150,15 +150,9 @@ def _figures(record: Record) -> Table:
                 continue
             figure = "" if figure == "head input" else f", {figure}"
             values = [measured[role]["value"] if role in measured else None for role in roles]
-            gap = [_gap(measured.get("gap"))] if _believed(record) else []
+            gap = [_gap(measured.get("gap"))] if compared else []
             table.add_row(plain(f"{name.replace('_', ' ')}{figure}"), *_values(values), *gap)
     return table
-
-
-def _believed(record: Record) -> bool:
-    """Return whether there is a retrained model to compare with: none that the self-checks refused as one."""
-    refused = any(check["name"] == "retrained model" and check["ok"] is False for check in record.self_checks)
-    return bool(record.model["retrained"]) and not refused
 
 
 def _gap(gap: Mapping[str, Any] | None) -> str:
