@@ -251,5 +251,5 @@ class Predictions:
 
 def has_retrained(metrics: Mapping[str, Any], self_checks: Iterable[Mapping[str, Any]]) -> bool:
     """Return whether there is a retrained model to compare with, in a record's parts: none that was refused as one."""
-    refused = any(check["name"] == "retrained model" and check["ok"] is False for check in self_checks)
+    refused = any(one.get("name") == "retrained model" and one.get("ok") is False for one in self_checks)
     return bool(metrics.get("retrained")) and not refused
